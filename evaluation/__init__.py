@@ -1,0 +1,5 @@
+"""How good: suites, metrics, the gate, the report and its pictures."""
+
+from evaluation.suites import Examples, Suite, load_suite, read_examples, write_suite
+
+__all__ = ["Examples", "Suite", "load_suite", "read_examples", "write_suite"]

@@ -1,0 +1,1 @@
+"""The reproducible studies and the expert zoos they run on."""

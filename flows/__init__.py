@@ -1,0 +1,1 @@
+"""In which order: Prefect flows, triggers, configuration, the command line."""

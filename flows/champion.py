@@ -1,0 +1,106 @@
+"""The champion alias: a copy of what the ledger decided, moved last; and what to do when a person moved it."""
+
+from collections.abc import Callable
+
+from flows.versions import find_merge, open_version
+from flows.wiring import House
+from registry.lineage import open_moves
+from registry.records import Event, FoldinError, Lease, Refusal
+
+Told = Callable[[str], None]
+
+
+def follow(house: House, lease: Lease, move: Event) -> None:
+    """Bring the alias to the target of a move that the ledger holds, and note that it was seen there.
+
+    MLflow cannot check the fence. A run that is paused between this check and the call may still move the alias late,
+    to a version that passed; the next `reconcile` sees it and puts it back.
+    """
+    assert move.target is not None
+    with house.ledger.leases.fenced(lease):
+        pass
+    house.mlflow.point_champion(lease.line, move.target)
+    house.ledger.confirm(lease, move)
+
+
+def roll_back(house: House, lease: Lease, target: int, because: str, who: str) -> Event:
+    """Make another version the champion, verified again first.
+
+    Raises:
+        FoldinError: E_VERSION for an unknown version, E_GATE for one that did not pass, E_DIGEST for a damaged one;
+            the champion is then unchanged.
+    """
+    check_target(house, lease.line, target)
+    move = house.ledger.move(lease, "rollback", target, because, who)
+    follow(house, lease, move)
+    house.ledger.block(lease, "")
+    return move
+
+
+def check_target(house: House, line: str, version: int) -> None:
+    """Nothing, when a version may be champion: foldin registered it, it passed its gate, and it is whole."""
+    merge = find_merge(house, line, version)
+    if not merge.verdict.passed:
+        raise FoldinError(
+            Refusal(
+                code="E_GATE",
+                what="the version did not pass its gate",
+                where=f"{line} v{version}",
+                found=merge.verdict.reason,
+                remedy=f"choose a version that `foldin log {line}` shows as passed",
+            )
+        )
+    open_version(house, line, version)
+
+
+def reconcile(house: House, lease: Lease, told: Told) -> bool:
+    """Compare the alias with the ledger and mend or adopt the difference; True when the line may be folded.
+
+    An alias that foldin itself moved late is put back. One that a person moved to a version that passed is adopted as
+    a rollback. Any other is reported and blocks the line: foldin does not fight people.
+    """
+    line = house.ledger.line(lease.line)
+    newest, overtaken = open_moves(house.ledger.events(lease.line))
+    seen = house.mlflow.champion(lease.line)
+    if newest is None or newest.target is None:
+        return False
+    if seen == newest.target:
+        if not newest.done:
+            house.ledger.confirm(lease, newest)
+    elif not newest.done and seen == newest.origin:
+        told(f"finishing the move of {lease.line}@champion to version {newest.target}")
+        follow(house, lease, newest)
+    elif any(seen == move.target for move in overtaken):
+        told(f"{lease.line}@champion was moved late to version {seen} by an overtaken run; putting it back")
+        follow(
+            house,
+            lease,
+            house.ledger.move(lease, "repaired", newest.target, "a late move of an overtaken run", "foldin"),
+        )
+    else:
+        return _adopt(house, lease, seen, line.blocked, told)
+    if line.blocked:
+        house.ledger.block(lease, "")
+    return True
+
+
+def _adopt(house: House, lease: Lease, seen: int | None, blocked: str, told: Told) -> bool:
+    """Take a person's move of the alias for a rollback, if the version is whole and passed; else block the line."""
+    try:
+        if seen is None:
+            because = f"the alias champion of {lease.line} was removed; set it to the version that users shall load"
+            house.ledger.block(lease, because)
+            told(because)
+            return False
+        check_target(house, lease.line, seen)
+    except FoldinError as error:
+        because = f"the alias champion was moved by hand to version {seen}, which may not be champion: {error}"
+        house.ledger.block(lease, because)
+        told(because)
+        return False
+    told(f"{lease.line}@champion was moved by hand to version {seen}; adopted")
+    move = house.ledger.move(lease, "adopted", seen, "the alias was moved in MLflow", "MLflow")
+    house.ledger.confirm(lease, move)
+    if blocked:
+        house.ledger.block(lease, "")
+    return True

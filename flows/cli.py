@@ -1,0 +1,297 @@
+"""The command line. Verbs are the names of flows and of the functions behind them; slow imports stay inside the verbs.
+
+Data goes to stdout, talk to stderr. Exit codes: 0 done, 1 error, 2 usage, 3 rejected by the gate.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from flows.config import Config
+    from flows.wiring import House
+
+REJECTED = 3
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--config", "config_file", default="foldin.toml", type=click.Path(path_type=Path), help="Default: foldin.toml."
+)
+@click.option("--quiet", is_flag=True, help="Say nothing on stderr but errors.")
+@click.option("--debug", is_flag=True, help="Show tracebacks and Prefect's own log.")
+@click.version_option(package_name="foldin")
+@click.pass_context
+def cli(context: click.Context, config_file: Path, quiet: bool, debug: bool) -> None:
+    """Keep one model learning from many: fold, gate, register, roll back."""
+    context.obj = {"config_file": config_file.absolute(), "quiet": quiet, "debug": debug}
+
+
+@cli.command()
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the facts of the run to a file.")
+@click.option("--home", default=".foldin-demo", type=click.Path(path_type=Path), help="Where the demonstration lives.")
+@click.option(
+    "--base", type=click.Path(path_type=Path), help="Folder of all-MiniLM-L6-v2; default: the Python package."
+)
+@click.pass_obj
+def demo(options: dict[str, Any], json_file: Path | None, home: Path, base: Path | None) -> None:
+    """Fold five real experts, refuse two bad ones, roll back and forward: the whole loop, offline."""
+    from flows.demo import run
+
+    run(home.absolute(), base, json_file, debug=options["debug"])
+
+
+@cli.command()
+@click.argument("line")
+@click.option("--base", type=click.Path(path_type=Path), help="Folder with config.json and *.safetensors.")
+@click.option("--experts", multiple=True, help="Registered model to watch; default: LINE-experts.")
+@click.option("--method", help="Merge method; default: opcm.")
+@click.pass_obj
+def init(options: dict[str, Any], line: str, base: Path | None, experts: tuple[str, ...], method: str | None) -> None:
+    """Start a line: write it into foldin.toml and register its base as version 1."""
+    from flows.setup import write_line
+
+    write_line(options["config_file"], line, base.absolute() if base else None, list(experts), method)
+    house = _house(options)
+    from flows.starting import start
+
+    version = start(house, line, house.config.line(line))
+    watched = ", ".join(house.config.line(line).experts)
+    _say(f"{line} v{version} is the base and champion. Experts registered as {watched} will be folded.")
+    _say(
+        f"Next: foldin add DIR --line {line} --task TASK (or register with any MLflow client), then foldin watch {line}"
+    )
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--line", required=True, help="Line whose registered model it joins.")
+@click.option("--task", required=True, help="What it was trained for.")
+@click.option("--suite", type=click.Path(path_type=Path), help="suite.json with its data beside it.")
+@click.option("--model", help="Registered model, when the line watches several.")
+@click.pass_obj
+def add(options: dict[str, Any], folder: Path, line: str, task: str, suite: Path | None, model: str | None) -> None:
+    """Register the expert in FOLDER."""
+    from flows.setup import add_expert
+
+    name, version = add_expert(_house(options), line, folder, task, suite, model)
+    click.echo(f"{name} v{version}")
+    _say(f"Next: foldin watch {line}")
+
+
+@cli.command()
+@click.option("--limit", default=2, show_default=True, help="Flow runs at a time.")
+@click.pass_obj
+def serve(options: dict[str, Any], limit: int) -> None:
+    """Keep every line's deployments running: watch on an interval, nightly on its cron, rollback on demand."""
+    config = _prepared(options)
+    from flows.serve import serve as keep_serving
+
+    keep_serving(config, str(options["config_file"]), limit)
+
+
+@cli.command()
+@click.argument("line", required=False)
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
+    """Look once: adopt moves of the alias, enrol new experts, fold everything that waits. All lines by default."""
+    config = _prepared(options)
+    from flows.watch import watch as look
+
+    names = [line] if line else sorted(config.lines)
+    for name in names:
+        config.line(name)
+    outcomes = [outcome for name in names for outcome in look(name, str(options["config_file"]))]
+    _finish(outcomes, as_json)
+
+
+@cli.command()
+@click.argument("line")
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def merge(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
+    """Fold the next expert that waits in LINE, and no more."""
+    _prepared(options).line(line)
+    from flows.merge import merge_expert
+
+    outcome = merge_expert(line, str(options["config_file"]))
+    if outcome is None:
+        _say(f"Nothing waits in {line}. `foldin watch {line}` looks for new experts.")
+    _finish([outcome] if outcome else [], as_json)
+
+
+@cli.command()
+@click.argument("line", required=False)
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def status(options: dict[str, Any], line: str | None, as_json: bool) -> None:
+    """What every line stands at: champion, what waits, what was refused."""
+    house = _house(options)
+    from flows.printing import print_status
+    from flows.reading import status as read
+
+    facts = [read(house, name) for name in ([line] if line else [each.name for each in house.ledger.lines()])]
+    _answer(facts, as_json, print_status)
+
+
+@cli.command()
+@click.argument("line")
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def log(options: dict[str, Any], line: str, as_json: bool) -> None:
+    """The lineage of LINE: its versions as a tree, the experts it refused, the moves of its champion."""
+    from flows.printing import print_log
+    from flows.reading import log as read
+
+    _answer(read(_house(options), line), as_json, print_log)
+
+
+@cli.command()
+@click.argument("line")
+@click.argument("version", type=int, required=False)
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def show(options: dict[str, Any], line: str, version: int | None, as_json: bool) -> None:
+    """One VERSION of LINE (the champion by default): what is in it, how it was judged, how good it is."""
+    from flows.printing import print_show
+    from flows.reading import show as read
+
+    _answer(read(_house(options), line, version), as_json, print_show)
+
+
+@cli.command()
+@click.argument("line")
+@click.argument("version", type=int, required=False)
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def score(options: dict[str, Any], line: str, version: int | None, as_json: bool) -> None:
+    """Measure one VERSION of LINE (the champion by default) on every task the champion knows."""
+    from flows.printing import print_accuracy
+    from flows.reading import score as read
+
+    _answer(read(_house(options), line, version), as_json, lambda facts: print_accuracy(facts["accuracy"]))
+
+
+@cli.command()
+@click.argument("line")
+@click.option("--to", type=int, help="Version; default: the champion's parent.")
+@click.option("--because", required=True, help="Why; kept in the line's history.")
+@click.pass_obj
+def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -> None:
+    """Make an earlier (or later) version of LINE the champion, verified first."""
+    import getpass
+
+    _prepared(options).line(line)
+    from flows.rollback import rollback as roll_back
+
+    moved = roll_back(line, because, to, getpass.getuser(), str(options["config_file"]))
+    click.echo(f"{line}: v{moved['from']} -> v{moved['to']}")
+    _say(f"Next: foldin log {line}")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def doctor(options: dict[str, Any], as_json: bool) -> None:
+    """Look for anything that is not as it should be; exit 1 when there is something."""
+    from dataclasses import asdict
+
+    from flows.doctor import examine
+
+    found = examine(_house(options))
+    if as_json:
+        click.echo(json.dumps([asdict(each) for each in found], indent=1))
+    else:
+        for each in found:
+            click.echo(str(each))
+    _say(f"{len(found)} finding{'s' * (len(found) != 1)}." if found else "Everything is as it should be.")
+    sys.exit(1 if found else 0)
+
+
+@cli.command()
+@click.option("--prefect-port", default=4200, show_default=True)
+@click.option("--mlflow-port", default=5000, show_default=True)
+@click.pass_obj
+def ui(options: dict[str, Any], prefect_port: int, mlflow_port: int) -> None:
+    """Show the MLflow and Prefect pages until interrupted."""
+    config = _prepared(options)
+    import threading
+
+    from flows.serve import mlflow_server, prefect_server
+
+    with prefect_server(config, prefect_port), mlflow_server(config, mlflow_port):
+        _say("Ctrl-C ends both.")
+        threading.Event().wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exceptions become exit codes here and nowhere else."""
+    from registry.records import FoldinError
+
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        cli.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except FoldinError as error:
+        if debug:
+            raise
+        _fail(str(error), 1)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+
+
+def _prepared(options: dict[str, Any]) -> "Config":
+    """The configuration, with the environment set before anything slow is imported."""
+    from flows.config import load
+    from flows.telling import speak
+    from flows.wiring import prepare_environment
+
+    config = load(options["config_file"])
+    prepare_environment(config, verbose=options["debug"])
+    speak(not options["quiet"])
+    return config
+
+
+def _house(options: dict[str, Any]) -> "House":
+    from flows.wiring import house
+
+    _prepared(options)
+    return house(str(options["config_file"]))
+
+
+def _answer(facts: Any, as_json: bool, show: Callable[[Any], None]) -> None:  # noqa: ANN401 - any JSON
+    if as_json:
+        click.echo(json.dumps(facts, indent=1, default=str))
+    else:
+        show(facts)
+
+
+def _finish(outcomes: list[dict[str, Any]], as_json: bool) -> NoReturn:
+    """Say what became of the experts; exit 3 when the gate rejected one, 1 when intake refused one."""
+    if as_json:
+        click.echo(json.dumps(outcomes, indent=1))
+    else:
+        for outcome in outcomes:
+            version = f" as v{outcome['version']}" if outcome["version"] else ""
+            click.echo(f"{outcome['expert']}: {outcome['state']}{version}")
+    states = {outcome["state"] for outcome in outcomes}
+    sys.exit(REJECTED if "rejected" in states else int("quarantined" in states))
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    click.echo(f"error: {text}", err=True)
+    sys.exit(code)

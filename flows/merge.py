@@ -1,0 +1,211 @@
+"""The flow that folds one expert: admit, fold, score, gate, register, promote. It reads as that sentence."""
+
+import shutil
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows import showing
+from flows.admission import TRANSIENT, Admitted, admit, declared_task
+from flows.champion import follow, reconcile
+from flows.config import LineConfig
+from flows.folding import Candidate, fold
+from flows.leasing import held
+from flows.publishing import metrics_of, register, show, write_report, write_version_manifest
+from flows.scoring import Subject, known_tasks, report_on, score
+from flows.telling import bar, say
+from flows.versions import Version, chain, open_version
+from flows.wiring import House, house, merge_key
+from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Refusal, Report, Verdict
+
+if TYPE_CHECKING:
+    from evaluation.report import Record
+
+MAX_ATTEMPTS = 3  # an expert that ended so many runs without a word is set aside, so that the next one can go on
+
+TAG_PATIENCE = 10.0  # seconds between creating a version and tagging it that a client may take
+
+POLICY: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}  # the ledger decides what is done
+
+
+class Work(NamedTuple):
+    """What one merge works with."""
+
+    house: House
+    settings: LineConfig
+    lease: Lease
+    expert: Expert
+    found: ExpertVersion  # the expert as MLflow shows it
+    base: Version
+    parent: Version
+
+    def key(self, admitted: Admitted) -> str:
+        """The merge's name, made of everything that decides its result."""
+        parts = (self.parent.manifest_sha256, admitted.tree_sha256, admitted.task)
+        return merge_key(self.lease.line, *parts, self.settings)
+
+
+class Scores(NamedTuple):
+    """Both sides of the gate's comparison, on the same suites."""
+
+    candidate: Report
+    champion: Report
+
+
+@flow(name="merge-expert", flow_run_name="{line}: next expert", persist_result=False)
+def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] | None:
+    """Fold the first expert that waits in a line; what became of it, or None when none can be folded now.
+
+    A repeated run finds what an earlier one finished; a run that was overtaken can write nothing.
+    """
+    at = house(config_file)
+    settings = at.config.line(line)
+    with held(at, line, told=say) as lease:
+        waiting = at.ledger.experts(line, ExpertState.PENDING)
+        if not waiting or not reconcile(at, lease, say):
+            return None
+        try:
+            return fold_expert(at, settings, lease, waiting[0])
+        except FoldinError as error:
+            if error.refusal.code in TRANSIENT - {"E_FENCED"}:
+                at.ledger.clear_attempts(lease, waiting[0])
+            raise
+
+
+def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -> dict[str, Any] | None:
+    """One expert, from the registry's version to its end: folded, rejected, quarantined or withdrawn."""
+    found = at.mlflow.expert(expert.model, expert.version)
+    if found is None:
+        return settle(at, lease, expert, ExpertState.WITHDRAWN, "withdrawn", "the version was deleted in MLflow")
+    if unfinished(settings, found):
+        say(f"{expert.name}: not complete yet (status {found.status}); it and those after it wait")
+        return None
+    expert = replace(expert, task=declared_task(found))
+    if at.ledger.begin(lease, expert, expert.task) > MAX_ATTEMPTS:
+        reason = f"{MAX_ATTEMPTS} runs ended at this expert without a word; it may have killed the worker"
+        return settle(at, lease, expert, ExpertState.QUARANTINED, "Q_CRASH", reason)
+    work = _open(at, settings, lease, expert, found)
+    say(f"{expert.name} (task {expert.task or '?'}): folding into {lease.line} v{work.parent.number}")
+    admitted = admit_expert(work)
+    if isinstance(admitted, Refusal):
+        return settle(at, lease, expert, ExpertState.QUARANTINED, admitted.code, str(admitted))
+    candidate = fold_tensors(work, admitted)
+    scores = score_models(work, admitted, candidate)
+    verdict = judge(work, scores)
+    return conclude(work, admitted, candidate, scores, verdict)
+
+
+def unfinished(settings: LineConfig, found: ExpertVersion) -> bool:
+    """Whether a version may still be on its way: files being uploaded, or the tag not set yet."""
+    age = time.time() - found.created
+    if "PENDING" in found.status:
+        return age < settings.upload_patience
+    return not declared_task(found) and age < TAG_PATIENCE
+
+
+def settle(at: House, lease: Lease, expert: Expert, state: ExpertState, code: str, reason: str) -> dict[str, Any]:
+    """End an expert without a fold and say so."""
+    at.ledger.settle(lease, expert, state, code, reason)
+    say(f"{expert.name}: {state}: {reason}")
+    showing.refused(lease.line, expert, state, reason)
+    return {"expert": expert.name, "state": str(state), "reason": reason, "version": None}
+
+
+@task(name="admit", **POLICY)
+def admit_expert(work: Work) -> Admitted | Refusal:
+    """The expert's own copy with every file and tensor looked at, or why it may not be folded."""
+    admitted = admit(work.house, work.settings, work.base, work.expert, work.found)
+    if isinstance(admitted, Refusal):
+        return admitted
+    earlier = work.house.ledger.note_digest(work.lease, work.expert, admitted.weights_sha256)
+    if earlier is None:
+        return admitted
+    return Refusal(
+        code="E_DUPLICATE",
+        what=f"the same weights were registered before, as {earlier.name}, which is {earlier.state}",
+        where=f"expert {work.expert.name}",
+        found=f"weights {admitted.weights_sha256[:12]}",
+        remedy="register other weights; each expert is folded once",
+    )
+
+
+@task(name="fold", **POLICY)
+def fold_tensors(work: Work, admitted: Admitted) -> Candidate:
+    """The candidate, folded tensor by tensor; what merges that never ended left behind is removed first."""
+    scratch = work.house.work(work.lease.line) / work.key(admitted)
+    for folder in scratch.parent.glob("*"):
+        if folder != scratch:
+            shutil.rmtree(folder)
+    name = (work.expert.model, work.expert.version)
+    with bar(f"folding {work.expert.name}") as progress:
+        return fold(scratch, work.settings, work.base, work.parent, admitted, name, progress)
+
+
+@task(name="score", **POLICY)
+def score_models(work: Work, admitted: Admitted, candidate: Candidate) -> Scores:
+    """Candidate and champion on every task that the candidate knows, by the same suites."""
+    from registry.weights import Checkpoint
+
+    at, settings = work.house, work.settings
+    memory = work.parent.memory
+    after = known_tasks(at, settings, candidate.memory, candidate.folder)
+    before = {**after, **known_tasks(at, settings, memory, work.parent.folder)}
+    served = Subject(candidate.memory.weights_sha256, Checkpoint.open(candidate.folder, "candidate"))
+    champion = Subject(memory.weights_sha256, work.parent.weights())
+    with bar(f"measuring {len(after)} tasks") as progress:
+        report = report_on(at, settings, work.base, admitted, served, after, progress)
+        scores = score(at, settings, work.base, champion, before, progress)
+    return Scores(report, Report(memory.weights_sha256, scores))
+
+
+@task(name="gate", **POLICY)
+def judge(work: Work, scores: Scores) -> Verdict:
+    """The gate's answer under the line's rules."""
+    from evaluation.gate import gate, rules_from
+
+    rules = rules_from(work.settings.gate, f"[lines.{work.lease.line}.gate]")
+    return gate(scores.candidate, scores.champion, rules)
+
+
+@task(name="register", **POLICY)
+def conclude(work: Work, admitted: Admitted, candidate: Candidate, scores: Scores, verdict: Verdict) -> dict[str, Any]:
+    """Record the verdict; register and promote what passed, show and drop what did not."""
+    at, lease, expert, key = work.house, work.lease, work.expert, work.key(admitted)
+    run = at.mlflow.run_for(lease.line, key, f"{lease.line}: {expert.name}", {"foldin.expert": expert.name})
+    merge = Merge(key, lease.line, expert.id, work.parent.number, verdict, run)
+    verdict = at.ledger.record_verdict(lease, merge).verdict  # the first answer stands
+    record = write_report(candidate, work.parent, scores.candidate, scores.champion, verdict)
+    inputs = [at.mlflow.model_id(lease.line, work.parent.number), work.found.model_id]
+    show(at, lease.line, work.settings, run, expert, candidate.folder, record, inputs)
+    showing.judged(lease.line, expert, record, candidate.folder)
+    if verdict.passed:
+        outcome = promote(work, key, candidate, record)
+    else:
+        outcome = settle(at, lease, expert, ExpertState.REJECTED, "E_GATE", verdict.reason)
+    shutil.rmtree(candidate.folder.parent, ignore_errors=True)
+    return outcome
+
+
+def promote(work: Work, key: str, candidate: Candidate, record: "Record") -> dict[str, Any]:
+    """Register a version that passed, commit it to the ledger, move the alias: in this order, each step repeatable."""
+    at, line, expert = work.house, work.lease.line, work.expert
+    assert record.verdict is not None
+    manifest = write_version_manifest(candidate.folder, line, key, work.parent, record.verdict)
+    run = at.mlflow.run_for(line, key, "", {})
+    version = register(at, line, key, run, candidate.folder, metrics_of(record), expert.name)
+    follow(at, work.lease, at.ledger.commit(work.lease, key, version, manifest))
+    say(f"{expert.name}: folded; {line} v{version} is champion")
+    return {"expert": expert.name, "state": str(ExpertState.FOLDED), "reason": "", "version": version}
+
+
+def _open(at: House, settings: LineConfig, lease: Lease, expert: Expert, found: ExpertVersion) -> Work:
+    """Everything a merge reads, verified: the champion it folds into and the base."""
+    champion = at.ledger.line(lease.line).champion
+    assert champion is not None, "reconcile lets nothing be folded before the base is champion"
+    parent = open_version(at, lease.line, champion)
+    first = chain(at, lease.line, champion)[-1]
+    base = parent if first == champion else open_version(at, lease.line, first)
+    return Work(at, settings, lease, expert, found, base, parent)

@@ -1,0 +1,176 @@
+"""From a judged candidate to what people see: report and pictures, the MLflow run, the registered version."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.config import LineConfig
+from flows.folding import Candidate
+from flows.versions import MANIFEST_FILE, REPORT_FILE, Memory, Version
+from flows.wiring import House
+from registry.files import read_json, sha256_file, write_atomic, write_json, write_manifest
+from registry.records import Expert, FoldinError, Refusal, Report, Verdict
+
+if TYPE_CHECKING:
+    from evaluation.report import Record
+
+PLOTS = "foldin/plots"
+PAGE_FILE = "foldin/report.html"
+
+
+def write_report(candidate: Candidate, parent: Version, report: Report, champion: Report, verdict: Verdict) -> "Record":
+    """Write report.json, report.html and the pictures into a candidate's folder.
+
+    Args:
+        candidate: where they go, with its memory and the overlap per layer.
+        parent: the version it was folded into, whose report holds the accuracy matrix so far.
+        report: the candidate's.
+        champion: the champion's, for the bars beside the candidate's.
+        verdict: the gate's.
+    """
+    from evaluation.metrics import summary
+    from evaluation.page import as_html
+    from evaluation.report import Record, as_json
+
+    matrix = [*matrix_of(parent), {task: score.value for task, score in report.scores.items()}]
+    record = Record(report, verdict, matrix, summary(matrix, arrivals(candidate.memory)))
+    folder = candidate.folder
+    write_json(folder / REPORT_FILE, {**as_json(record), "overlap": candidate.overlap})
+    plots = draw(folder / PLOTS, candidate.memory, matrix, report, champion)
+    title = f"+ {candidate.memory.experts[-1].task}: {verdict.outcome}"
+    page = as_html(record, title, [f"plots/{path.name}" for path in plots])
+    write_atomic(folder / PAGE_FILE, page.encode())
+    return record
+
+
+def arrivals(memory: Memory) -> dict[str, int]:
+    """Task -> the row of the accuracy matrix in which it arrived."""
+    first: dict[str, int] = {}
+    for row, expert in enumerate(memory.experts):
+        first.setdefault(expert.task, row)
+    return first
+
+
+def matrix_of(version: Version) -> list[Mapping[str, float]]:
+    """The accuracy matrix up to a version: row t holds the accuracies after t + 1 experts; empty for the base."""
+    from evaluation.report import from_json
+
+    return list(from_json(read_json(version.folder / REPORT_FILE), f"report of version {version.number}").matrix)
+
+
+def draw(
+    folder: Path, memory: Memory, matrix: Sequence[Mapping[str, float]], report: Report, champion: Report
+) -> list[Path]:
+    """The heat map of the accuracy matrix and the bars per task, as PNG files."""
+    from evaluation.pictures import bar_chart, heat_map
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = list(memory.tasks)
+    rows = [f"{number}: + {expert.task}" for number, expert in enumerate(memory.experts, 1)]
+    nan = float("nan")
+    values = [[row.get(task, nan) for task in tasks] for row in matrix]
+    heat_map(rows, tasks, values, folder / "accuracy_matrix.png")
+    series = {"champion": champion, "candidate": report}
+    bars = {name: [_value(each, task) for task in tasks] for name, each in series.items()}
+    bar_chart(tasks, bars, folder / "tasks.png")
+    return [folder / "accuracy_matrix.png", folder / "tasks.png"]
+
+
+def metrics_of(record: "Record") -> dict[str, float]:
+    """What MLflow shows as metrics: the accuracy of every task, and the sequence's summary."""
+    return {
+        **{f"accuracy.{task}": score.value for task, score in record.report.scores.items()},
+        **dict(record.summary),
+    }
+
+
+def show(
+    house: House,
+    line: str,
+    settings: LineConfig,
+    run_id: str,
+    expert: Expert,
+    folder: Path,
+    record: "Record",
+    inputs: Sequence[str],
+) -> None:
+    """Put a judged merge on its MLflow run: whether it passed or not, and why."""
+    verdict = record.verdict
+    assert verdict is not None
+    plots = sorted((folder / PLOTS).glob("*.png"))
+    house.mlflow.show(
+        run_id,
+        params={
+            "line": line,
+            "expert": expert.name,
+            "task": expert.task,
+            "method": settings.method,
+            **settings.parameters,
+        },
+        metrics=metrics_of(record),
+        tags={"foldin.verdict": verdict.outcome, "foldin.reason": verdict.reason, "foldin.expert": expert.name},
+        artifacts=[(folder / REPORT_FILE, ""), (folder / PAGE_FILE, ""), *((path, "plots") for path in plots)],
+        inputs=inputs,
+    )
+
+
+def write_version_manifest(folder: Path, line: str, merge_key: str, parent: Version | None, verdict: Verdict) -> str:
+    """Write the manifest, after everything else; its digest. Nothing in it depends on when or where it was made."""
+    memory = Memory.read(folder)
+    return write_manifest(
+        folder,
+        {
+            "line": line,
+            "merge_key": merge_key,
+            "parent": {"version": parent.number, "manifest_sha256": parent.manifest_sha256} if parent else None,
+            "base_sha256": memory.base_sha256,
+            "weights_sha256": memory.weights_sha256,
+            "experts": [list(expert) for expert in memory.experts],
+            "method": memory.method,
+            "parameters": dict(memory.parameters),
+            "suites": dict(memory.suites),
+            "verdict": verdict.outcome,
+            "profile": dict(memory.profile),
+        },
+    )
+
+
+def register(
+    house: House, line: str, merge_key: str, run_id: str, folder: Path, metrics: Mapping[str, float], expert: str
+) -> int:
+    """The registered version of a finished folder; found again when an earlier try got that far.
+
+    Raises:
+        FoldinError: E_DIGEST when the version that carries this merge key holds something else.
+    """
+    manifest = sha256_file(folder / MANIFEST_FILE)
+    memory = Memory.read(folder)
+    tags = {
+        "foldin.manifest_sha256": manifest,
+        "foldin.weights_sha256": memory.weights_sha256,
+        "foldin.base_sha256": memory.base_sha256,
+        "foldin.experts": str(len(memory.experts)),
+        "foldin.expert": expert,
+        "foldin.method": memory.method,
+        "foldin.verdict": "passed",
+    }
+    version = house.mlflow.publish(line, merge_key, run_id, folder, metrics=metrics, tags=tags)
+    found = sha256_file(house.mlflow.folder(line, version) / MANIFEST_FILE)
+    if found != manifest:
+        raise FoldinError(
+            Refusal(
+                code="E_DIGEST",
+                what="the version registered under this merge key holds something else",
+                where=f"{line} v{version}",
+                file=MANIFEST_FILE,
+                expected=manifest[:12],
+                found=found[:12],
+                remedy=f"delete the tag foldin.merge_key of {line} v{version} if foldin did not register it",
+            )
+        )
+    return version
+
+
+def _value(report: Report, task: str) -> float:
+    score = report.scores.get(task)
+    return score.value if score else float("nan")

@@ -1,0 +1,119 @@
+"""What the reading verbs answer, as plain facts: the same for people, for --json and for tests."""
+
+from dataclasses import asdict
+from typing import Any
+
+from flows.versions import REPORT_FILE, chain, find_merge, open_version
+from flows.wiring import House, is_dead
+from registry.files import read_json
+from registry.lineage import Node, tree
+from registry.records import Event, Expert, ExpertState
+
+
+def status(house: House, name: str) -> dict[str, Any]:
+    """One line now: champion, alias, whether it is blocked, who holds it, how many experts are in which state."""
+    line = house.ledger.line(name)
+    experts = house.ledger.experts(name)
+    holder = house.ledger.leases.holder(name).holder
+    return {
+        "line": name,
+        "champion": line.champion,
+        "alias": house.mlflow.champion(name),
+        "blocked": line.blocked,
+        "working": "" if is_dead(holder) else holder,
+        "experts": {str(state): sum(each.state is state for each in experts) for state in ExpertState},
+        "pending": [expert_facts(each) for each in experts if each.state is ExpertState.PENDING],
+    }
+
+
+def log(house: House, name: str) -> dict[str, Any]:
+    """A line's history: the tree of its versions, the experts that are in none, the moves of the champion."""
+    experts = house.ledger.experts(name)
+    merges = house.ledger.merges(name)
+    root = tree(merges, experts)
+    champion = house.ledger.line(name).champion
+    current = set(chain(house, name, champion)) if champion else set()
+    return {
+        "line": name,
+        "champion": champion,
+        "tree": _node(root, current) if root else None,
+        "experts": [expert_facts(each) for each in experts],
+        "events": [event_facts(each) for each in house.ledger.events(name)],
+    }
+
+
+def show(house: House, name: str, number: int | None) -> dict[str, Any]:
+    """One version: parents, experts in order, method, digests, verdict, accuracies; the champion when None."""
+    version = open_version(house, name, number or house.ledger.line(name).champion or 0)
+    merge = find_merge(house, name, version.number)
+    report = read_json(version.folder / REPORT_FILE)
+    memory = version.memory
+    return {
+        "line": name,
+        "version": version.number,
+        "parents": chain(house, name, version.number)[1:],
+        "merge_key": merge.merge_key,
+        "manifest_sha256": version.manifest_sha256,
+        "weights_sha256": memory.weights_sha256,
+        "base_sha256": memory.base_sha256,
+        "method": memory.method,
+        "parameters": dict(memory.parameters),
+        "experts": [each._asdict() for each in memory.experts],
+        "suites": dict(memory.suites),
+        "profile": dict(memory.profile),
+        "verdict": merge.verdict.outcome,
+        "checks": [asdict(check) for check in merge.verdict.checks],
+        "accuracy": {task: score["value"] for task, score in report["report"]["scores"].items()},
+        "summary": report["summary"],
+        "folder": str(version.folder),
+        "report": str(version.folder / "foldin/report.html"),
+    }
+
+
+def score(house: House, name: str, number: int | None) -> dict[str, Any]:
+    """One version measured on every task that the champion knows, now."""
+    from flows.scoring import Subject, known_tasks
+    from flows.scoring import score as measure
+
+    settings = house.config.line(name)
+    champion = house.ledger.line(name).champion or 0
+    version = open_version(house, name, number or champion)
+    knows = open_version(house, name, champion)
+    base = open_version(house, name, chain(house, name, version.number)[-1])
+    tasks = known_tasks(house, settings, knows.memory, knows.folder)
+    subject = Subject(version.memory.weights_sha256, version.weights())
+    scores = measure(house, settings, base, subject, tasks, lambda done, total: None)
+    return {
+        "line": name,
+        "version": version.number,
+        "accuracy": {task: found.value for task, found in scores.items()},
+        "errors": {task: found.error for task, found in scores.items() if found.error},
+    }
+
+
+def expert_facts(expert: Expert) -> dict[str, Any]:
+    """One expert for people."""
+    keys = ("seq", "model", "version", "task", "state", "code", "reason", "digest")
+    return {"name": expert.name, **{key: getattr(expert, key) for key in keys}}
+
+
+def event_facts(event: Event) -> dict[str, Any]:
+    """One event for people."""
+    return {
+        "kind": event.kind,
+        "from": event.origin,
+        "to": event.target,
+        "because": event.because,
+        "who": event.who,
+        "at": event.at,
+    }
+
+
+def _node(node: Node, current: set[int]) -> dict[str, Any]:
+    return {
+        "version": node.version,
+        "expert": node.expert.name if node.expert else None,
+        "task": node.expert.task if node.expert else None,
+        "in_champion": node.version in current,
+        "children": [_node(child, current) for child in node.children],
+    }

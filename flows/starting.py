@@ -1,0 +1,111 @@
+"""The beginning of a line: its base, registered as version 1 and champion, so that everything after has a parent."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from flows.champion import follow
+from flows.config import LineConfig
+from flows.folding import numerics_profile
+from flows.leasing import held
+from flows.publishing import PAGE_FILE, register, write_version_manifest
+from flows.telling import say
+from flows.versions import REPORT_FILE, STATE_FILE, Memory
+from flows.wiring import House, merge_key
+from registry import intake
+from registry.files import write_atomic, write_json
+from registry.records import FoldinError, Merge, Outcome, Refusal, Report, Verdict
+
+
+def start(house: House, line: str, settings: LineConfig) -> int:
+    """The version that holds the base of a line, registered now or before.
+
+    Raises:
+        FoldinError: E_BASE when the base is missing, is not a checkpoint, or has another digest than configured.
+    """
+    known = next((merge.version for merge in house.ledger.merges(line) if merge.version), None)
+    if known is not None and house.ledger.line(line).champion is not None:
+        return known
+    copy = _admit(house, line, settings)
+    digest = _digest(copy, line, settings)
+    house.ledger.add_line(line, digest)
+    with held(house, line, told=say) as lease:
+        key = merge_key(line, "", digest, "", settings)
+        verdict = Verdict(Outcome.PASSED)
+        house.ledger.record_verdict(lease, Merge(key, line, None, None, verdict))
+        scratch = house.work(line) / key
+        folder = _build(scratch / "candidate", copy, settings, digest)
+        manifest = write_version_manifest(folder, line, key, None, verdict)
+        run = house.mlflow.run_for(line, key, f"{line}: base", {"foldin.verdict": "passed"})
+        house.mlflow.show(run, params={"line": line, "base": settings.base}, metrics={}, tags={}, artifacts=[])
+        version = register(house, line, key, run, folder, {}, "")
+        follow(house, lease, house.ledger.commit(lease, key, version, manifest))
+        shutil.rmtree(scratch, ignore_errors=True)
+    return version
+
+
+def _admit(house: House, line: str, settings: LineConfig) -> intake.Admitted:
+    """The base's copy in the content store; it must be a whole checkpoint of a known architecture."""
+    from evaluation.models import check_config
+
+    source = house.config.path(settings.base)
+    where = f"base of line {line}"
+    if not source.is_dir():
+        raise FoldinError(
+            Refusal(
+                code="E_BASE",
+                what="there is no such folder",
+                where=where,
+                expected="a folder with config.json and *.safetensors",
+                found=str(source),
+                remedy=f"correct base in [lines.{line}] of foldin.toml",
+            )
+        )
+    copy = intake.admit(source, house.experts, where)
+    refusal = copy if isinstance(copy, Refusal) else check_config(copy.folder, where)
+    if refusal:
+        raise FoldinError(refusal)
+    assert isinstance(copy, intake.Admitted)
+    return copy
+
+
+def _digest(copy: intake.Admitted, line: str, settings: LineConfig) -> str:
+    """The content digest of the base's weights, every value of them finite."""
+    from merging.check import check_finite
+    from registry.weights import Checkpoint, content_sha256
+
+    where, wrong = f"base of line {line}", []
+    checkpoint = Checkpoint.open(copy.folder, where)
+    digest, _ = content_sha256(checkpoint, visit=lambda name, tensor: wrong.append(check_finite(name, tensor)))
+    for found in filter(None, wrong):
+        raise FoldinError(Refusal(found.code, found.what, where, "", found.tensor, found.expected, found.found))
+    files = [sha for name, sha in copy.files_sha256.items() if name.endswith(".safetensors")]
+    accepted = [digest, *(files if len(files) == 1 else [])]
+    if settings.base_sha256 and settings.base_sha256 not in accepted:
+        raise FoldinError(
+            Refusal(
+                code="E_BASE",
+                what="the base has another digest than foldin.toml names",
+                where=where,
+                expected=settings.base_sha256,
+                found=" or ".join(accepted),
+                remedy=f"restore the base, or correct base_sha256 in [lines.{line}]",
+            )
+        )
+    return digest
+
+
+def _build(folder: Path, copy: intake.Admitted, settings: LineConfig, digest: str) -> Path:
+    """The base as a version's folder: its files as they are, an empty memory, an empty report."""
+    from evaluation.page import as_html
+    from evaluation.report import Record, as_json
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(copy.folder, folder)
+    profile = numerics_profile(settings.device)
+    memory = Memory(settings.method, dict(settings.parameters), digest, digest, profile=profile)
+    write_json(folder / STATE_FILE, {"format": 1, **asdict(memory)})
+    record = Record(Report(digest, {}))
+    write_json(folder / REPORT_FILE, as_json(record))
+    write_atomic(folder / PAGE_FILE, as_html(record, "the base").encode())
+    return folder

@@ -1,0 +1,155 @@
+"""A registered version opened for use: verified against its manifest, its tensors lazy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flows.wiring import House
+from registry.files import read_json, sha256_file, verify_manifest
+from registry.lineage import ancestry, parents_of
+from registry.records import FoldinError, Merge, Refusal
+
+if TYPE_CHECKING:
+    from registry.weights import Checkpoint
+
+STATE_FILE = "foldin/state.json"
+STATE_FOLDER = "foldin/state"
+HEADS = "heads"
+REPORT_FILE = "foldin/report.json"
+MANIFEST_FILE = "foldin/manifest.json"
+
+
+class Folded(NamedTuple):
+    """One expert as a version remembers it."""
+
+    model: str
+    version: int
+    task: str
+    weights_sha256: str  # content digest of its weights
+    tree_sha256: str  # digest of its files, their name in the content store
+    delta_norm: float  # Frobenius norm of expert - base over the whole model
+
+
+@dataclass(frozen=True)
+class Memory:
+    """foldin/state.json: what a version remembers besides the slots, enough to fold the next expert or to replay."""
+
+    method: str
+    parameters: Mapping[str, Any]
+    base_sha256: str
+    weights_sha256: str  # content digest of the serving weights
+    stats: tuple[float, float, float] = (0.0, 0.0, 0.0)  # count, norm_sum, total_norm
+    projected: tuple[str, ...] = ()
+    experts: tuple[Folded, ...] = ()  # in the order of folding
+    suites: Mapping[str, str] = field(default_factory=dict)  # task -> digest of the suite it is measured by
+    profile: Mapping[str, str] = field(default_factory=dict)  # the numerics profile: same profile, same bytes
+    stored: str = "F64"  # the coarsest dtype an expert was stored in; its rounding is the fold's noise floor
+
+    @classmethod
+    def read(cls, folder: Path) -> "Memory":
+        """The memory of a version's folder."""
+        table = read_json(folder / STATE_FILE)
+        table.pop("format")
+        return cls(
+            **{
+                **table,
+                "stats": tuple(table["stats"]),
+                "projected": tuple(table["projected"]),
+                "experts": tuple(Folded(*row) for row in table["experts"]),
+            }
+        )
+
+    def owner(self, task: str) -> Folded | None:
+        """The first expert folded for a task: its suite measures the task, its head (the last one's) serves it."""
+        return next((expert for expert in self.experts if expert.task == task), None)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks the version knows, in order of arrival."""
+        return tuple(dict.fromkeys(expert.task for expert in self.experts))
+
+
+@dataclass(frozen=True)
+class Version:
+    """One verified version."""
+
+    number: int
+    folder: Path
+    manifest_sha256: str
+    memory: Memory
+
+    def weights(self) -> "Checkpoint":
+        """The serving weights, lazily."""
+        from registry.weights import Checkpoint
+
+        return Checkpoint.open(self.folder, f"version {self.number}")
+
+    def slots(self) -> "Mapping[str, Any]":
+        """The slots of the fold's state, lazily, as NAME:SLOT -> tensor; empty for the base."""
+        from registry.weights import Checkpoint
+
+        folder = self.folder / STATE_FOLDER
+        return Checkpoint.open(folder, f"state of version {self.number}") if folder.exists() else {}
+
+    def head(self, task: str) -> "Checkpoint | None":
+        """The head kept aside for a task; None when it has none."""
+        from registry.weights import Checkpoint
+
+        path = self.folder / HEADS / f"{task}.safetensors"
+        return Checkpoint.open_file(path, f"head of task {task}") if path.exists() else None
+
+
+def open_version(house: House, line: str, number: int) -> Version:
+    """A version of a line, every file compared with the manifest that the ledger recorded.
+
+    Raises:
+        FoldinError: E_DIGEST naming the file that differs, or E_VERSION when foldin never registered it.
+    """
+    merge = find_merge(house, line, number)
+    folder = house.mlflow.folder(line, number)
+    where = f"{line} v{number}"
+    manifest = sha256_file(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).exists() else ""
+    wrong = verify_manifest(folder) if manifest == merge.manifest_sha256 else [_other_manifest(where, merge, manifest)]
+    if wrong:
+        raise FoldinError(wrong[0])
+    return Version(number, folder, manifest, Memory.read(folder))
+
+
+def find_merge(house: House, line: str, number: int) -> Merge:
+    """What the ledger says about a version.
+
+    Raises:
+        FoldinError: E_VERSION when it says nothing.
+    """
+    merges = house.ledger.merges(line)
+    for merge in merges:
+        if merge.version == number:
+            return merge
+    known = ", ".join(str(merge.version) for merge in merges if merge.version is not None)
+    raise FoldinError(
+        Refusal(
+            code="E_VERSION",
+            what="foldin did not register this version",
+            where=f"{line} v{number}",
+            expected=f"one of {known}" if known else "",
+            remedy=f"choose one that `foldin log {line}` shows",
+        )
+    )
+
+
+def chain(house: House, line: str, number: int) -> list[int]:
+    """A version and its ancestors, newest first; the last one is the base."""
+    return ancestry(parents_of(house.ledger.merges(line)), number)
+
+
+def _other_manifest(where: str, merge: Merge, found: str) -> Refusal:
+    return Refusal(
+        code="E_DIGEST",
+        what="the version's manifest is not the one that was registered",
+        where=where,
+        file=MANIFEST_FILE,
+        expected=merge.manifest_sha256[:12],
+        found=found[:12] or "no manifest",
+        remedy="restore the version's artifacts, or roll back to another version",
+    )

@@ -1,0 +1,64 @@
+"""The flows that find what waits: look at MLflow, agree with the ledger, fold everything pending in order."""
+
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+
+from flows.champion import reconcile
+from flows.discovery import discover
+from flows.leasing import held
+from flows.merge import MAX_ATTEMPTS, merge_expert
+from flows.starting import start
+from flows.telling import say
+from flows.wiring import house
+from registry.records import ExpertState
+
+
+@flow(name="watch", flow_run_name="watch {line}", persist_result=False)
+def watch(line: str, config_file: str = "foldin.toml") -> list[dict[str, Any]]:
+    """Look once: adopt or mend the alias, enrol new experts, fold all that wait; what became of each."""
+    at = house(config_file)
+    settings = at.config.line(line)
+    start(at, line, settings)
+    with held(at, line, told=say) as lease:
+        free = reconcile(at, lease, say)
+        discover(at, lease, settings)
+    return fold_pending(line, config_file) if free else []
+
+
+@flow(name="nightly", flow_run_name="nightly {line}", persist_result=False)
+def nightly(line: str, config_file: str = "foldin.toml") -> list[dict[str, Any]]:
+    """The scheduled fold: the same look, and a table of what was folded and what was not."""
+    outcomes = watch(line, config_file)
+    rows = [{key: str(value or "") for key, value in outcome.items()} for outcome in outcomes]
+    create_table_artifact(rows or [{"expert": "none waited"}], key="nightly", description=f"nightly fold of {line}")
+    return outcomes
+
+
+def fold_pending(line: str, config_file: str) -> list[dict[str, Any]]:
+    """Fold the experts that wait, one flow run each, until none can be folded now."""
+    at = house(config_file)
+    waiting = len(at.ledger.experts(line, ExpertState.PENDING))
+    outcomes: list[dict[str, Any]] = []
+    if not waiting:
+        return outcomes
+    shown = create_progress_artifact(0.0, key="folding", description=f"{line}: {waiting} waiting")
+    assert isinstance(shown, UUID), "inside a synchronous flow it is no coroutine"
+    crashes = 0
+    while crashes <= MAX_ATTEMPTS and at.ledger.experts(line, ExpertState.PENDING):
+        try:
+            outcome = merge_expert(line, config_file)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            # The expert's fault until proven otherwise: after MAX_ATTEMPTS it is set aside and the next one is folded.
+            get_run_logger().exception("the fold failed")
+            say(f"line {line}: the fold failed: {error}")
+            crashes += 1
+            continue
+        if outcome is None:
+            break
+        crashes = 0
+        outcomes.append(outcome)
+        update_progress_artifact(shown, progress=min(100.0, 100.0 * len(outcomes) / waiting))
+    return outcomes

@@ -1,0 +1,153 @@
+"""The one place where configuration becomes living things, and where the process's environment is set."""
+
+import hashlib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.config import Config, LineConfig, load
+
+if TYPE_CHECKING:
+    from registry.ledger import Ledger
+    from registry.mlflow_store import MlflowStore
+
+CODE_FORMAT = 1  # part of every merge key; raised when the same inputs would give other bytes
+
+
+@dataclass(frozen=True)
+class House:
+    """Everything a flow works with: the configuration, the ledger, MLflow and the folders."""
+
+    config: Config
+    ledger: "Ledger"
+    mlflow: "MlflowStore"
+
+    @property
+    def experts(self) -> Path:
+        """The content-addressed copies of admitted experts."""
+        return self.config.home / "experts"
+
+    @property
+    def scores(self) -> Path:
+        """What was measured once: (weights, suite) -> score."""
+        return self.config.home / "scores"
+
+    def work(self, line: str) -> Path:
+        """The scratch folder of a line; only the holder of its lease may touch it."""
+        return self.config.home / "work" / line
+
+
+@cache
+def house(config_file: str) -> House:
+    """The house of a foldin.toml, opened once a process."""
+    from registry.ledger import Ledger
+    from registry.mlflow_store import MlflowStore
+
+    config = load(Path(config_file))
+    return House(
+        config,
+        Ledger(ledger_url(config), patience=30.0),
+        MlflowStore(tracking_uri(config), artifact_root(config), config.home / "downloads"),
+    )
+
+
+def ledger_url(config: Config) -> str:
+    """Where the ledger is."""
+    return config.registry.ledger_url or f"sqlite:///{config.home / 'ledger.db'}"
+
+
+def tracking_uri(config: Config) -> str:
+    """Where MLflow is."""
+    if config.registry.tracking_uri:
+        return config.registry.tracking_uri
+    config.home.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{config.home / 'mlflow.db'}"
+
+
+def artifact_root(config: Config) -> str:
+    """Where MLflow keeps files; "" leaves it to the server."""
+    if config.registry.artifact_root:
+        return config.registry.artifact_root
+    return "" if config.registry.tracking_uri else (config.home / "artifacts").as_uri()
+
+
+def prepare_environment(config: Config, *, verbose: bool = False) -> None:
+    """Settings that Prefect and MLflow read when they are imported; what the user set stays."""
+    home = config.home
+    home.mkdir(parents=True, exist_ok=True)
+    defaults = {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if verbose else "CRITICAL",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "foldin",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+
+
+def prefect_api_url() -> str:
+    """The Prefect API the user named; "" when none: then a local server lives as long as the process."""
+    return os.environ.get("PREFECT_API_URL", "")
+
+
+def use_prefect_api(url: str) -> None:
+    """Send this process's flow runs, and those of its children, to a server."""
+    os.environ["PREFECT_API_URL"] = url
+
+
+def holder() -> str:
+    """Who this process is, so that another one on the same host can see that it died: host:pid:start."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+
+
+def is_dead(other: str) -> bool:
+    """Whether a holder was a process of this host that runs no more. When in doubt: no."""
+    host, _, process = other.partition(":")
+    pid, _, started = process.partition(":")
+    if host != socket.gethostname() or not pid.isdigit() or not Path("/proc/self/stat").exists():
+        return False
+    return _started(int(pid)) != started
+
+
+def _started(pid: int) -> str:
+    """When a process started, in the kernel's ticks; "" when there is no such process (or no /proc)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    state, *rest = stat.rpartition(")")[2].split()
+    return "" if state == "Z" else rest[18]
+
+
+def merge_key(line: str, parent_manifest: str, expert: str, task: str, settings: LineConfig) -> str:
+    """The name of one merge: what goes in decides it, so a repeated run finds what an earlier one left.
+
+    Args:
+        line: name of the line.
+        parent_manifest: SHA-256 of the parent version's manifest, which covers its weights and its state.
+        expert: content digest of the expert's weights.
+        task: the expert's task.
+        settings: the line's settings; those that change weights or verdict are part of the key.
+    """
+    facts: dict[str, Any] = {
+        "format": CODE_FORMAT,
+        "line": line,
+        "parent": parent_manifest,
+        "expert": expert,
+        "task": task,
+        "method": settings.method,
+        "parameters": dict(settings.parameters),
+        "plain": list(settings.plain),
+        "gate": dict(settings.gate),
+        "suite": settings.suites.get(task, ""),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What happened: checkpoints, intake checks, the ledger, MLflow, lineage."""

@@ -1,0 +1,227 @@
+"""What happened to every expert, in order, exactly once; and who may change a line right now.
+
+Every write of a merge carries the fence of its lease and is refused when somebody took the line over since: the lease
+gives progress, the fence gives safety. Times come from the database.
+"""
+
+import json
+from typing import Any
+
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from registry import database
+from registry.leases import Leases
+from registry.records import Event, Expert, ExpertState, ExpertVersion, FoldinError, Lease, Line, Merge, Refusal, plain
+from registry.rows import event_from, expert_from, line_from, merge_from, move_champion, note
+from registry.schema import events, experts, leases, lines, merges, now
+
+
+class Ledger:
+    """The verbs on the ledger's tables. Cheap to make; safe to use from several threads and processes."""
+
+    def __init__(self, url: str, patience: float = 30.0) -> None:
+        """Open, and migrate when needed, the ledger at a SQLAlchemy URL; wait `patience` seconds for other writers."""
+        self._engine = database.connect(url, patience)
+        self.leases = Leases(self._engine)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+    # lines
+
+    def add_line(self, name: str, base_sha256: str) -> Line:
+        """Create a line, or return the one there is; its base can never be exchanged.
+
+        Raises:
+            FoldinError: E_BASE when the line exists with another base.
+        """
+        with database.transaction(self._engine) as tx:
+            if tx.execute(select(lines).where(lines.c.name == name)).first() is None:
+                tx.execute(insert(lines).values(name=name, base_sha256=base_sha256, blocked="", created=now()))
+                tx.execute(insert(leases).values(line=name, holder="", fence=0, expires=0.0))
+        line = self.line(name)
+        if line.base_sha256 != base_sha256:
+            raise FoldinError(
+                Refusal(
+                    code="E_BASE",
+                    what="the line was started from another base",
+                    where=f"line {name}",
+                    expected=f"weights {line.base_sha256[:12]}",
+                    found=f"weights {base_sha256[:12]}",
+                    remedy="restore the base the line was started from, or start a new line for the new base",
+                )
+            )
+        return line
+
+    def line(self, name: str) -> Line:
+        """One line.
+
+        Raises:
+            FoldinError: E_LINE when there is none of that name.
+        """
+        with database.transaction(self._engine) as tx:
+            row = tx.execute(select(lines).where(lines.c.name == name)).first()
+            known = [other for (other,) in tx.execute(select(lines.c.name).order_by(lines.c.name))]
+        if row is None:
+            raise FoldinError(
+                Refusal(
+                    code="E_LINE",
+                    what="no line of this name has been started",
+                    where=f"line {name}",
+                    expected=f"one of {', '.join(known)}" if known else "",
+                    remedy=f"start it with `foldin init {name}`",
+                )
+            )
+        return line_from(row)
+
+    def lines(self) -> list[Line]:
+        """Every line, by name."""
+        with database.transaction(self._engine) as tx:
+            rows = tx.execute(select(lines).order_by(lines.c.name)).all()
+        return [line_from(row) for row in rows]
+
+    def block(self, lease: Lease, because: str) -> None:
+        """Keep a line from folding until `because` is "" again; each change is an event."""
+        with self.leases.fenced(lease) as tx:
+            before = tx.execute(select(lines.c.blocked).where(lines.c.name == lease.line)).scalar_one()
+            if before == because:
+                return
+            tx.execute(update(lines).where(lines.c.name == lease.line).values(blocked=because))
+            note(tx, lease, "blocked" if because else "unblocked", because=because or before, done=True)
+
+    # experts
+
+    def enrol(self, line: str, found: ExpertVersion, task: str) -> bool:
+        """Put a registered expert at the end of the queue; False when it is there already."""
+        try:
+            with database.transaction(self._engine) as tx:
+                last = tx.execute(select(func.max(experts.c.seq)).where(experts.c.line == line)).scalar()
+                tx.execute(
+                    insert(experts).values(
+                        line=line,
+                        model=found.model,
+                        version=found.version,
+                        seq=(last or 0) + 1,
+                        task=task,
+                        state=ExpertState.PENDING,
+                        enrolled=now(),
+                    )
+                )
+        except IntegrityError:
+            return False
+        return True
+
+    def newest_enrolled(self, line: str, model: str) -> int:
+        """The highest version of a watched model that the ledger knows; 0 when none."""
+        mine = (experts.c.line == line) & (experts.c.model == model)
+        with database.transaction(self._engine) as tx:
+            return tx.execute(select(func.max(experts.c.version)).where(mine)).scalar() or 0
+
+    def experts(self, line: str, state: ExpertState | None = None) -> list[Expert]:
+        """The experts of a line in the order of folding, optionally those in one state."""
+        query = select(experts).where(experts.c.line == line).order_by(experts.c.seq)
+        if state is not None:
+            query = query.where(experts.c.state == state)
+        with database.transaction(self._engine) as tx:
+            return [expert_from(row) for row in tx.execute(query)]
+
+    def begin(self, lease: Lease, expert: Expert, task: str) -> int:
+        """Count one more attempt at an expert, and note its task; returns how many never ended, this one included."""
+        self._on_expert(lease, expert, {"attempts": experts.c.attempts + 1, "task": task})
+        return next(row.attempts for row in self.experts(lease.line) if row.id == expert.id)
+
+    def clear_attempts(self, lease: Lease, expert: Expert) -> None:
+        """Forget the attempts: this one ended cleanly, for a reason that was not the expert's."""
+        self._on_expert(lease, expert, {"attempts": 0})
+
+    def note_digest(self, lease: Lease, expert: Expert, digest: str) -> Expert | None:
+        """Store the content digest of an expert's weights; returns an earlier expert with the same weights, if any."""
+        self._on_expert(lease, expert, {"digest": digest})
+        decided = {ExpertState.FOLDED, ExpertState.REJECTED, ExpertState.ROLLED_BACK}
+        return next(
+            (
+                other
+                for other in self.experts(lease.line)
+                if (other.digest, other.generation) == (digest, expert.generation)
+                and other.seq < expert.seq
+                and other.state in decided
+            ),
+            None,
+        )
+
+    def settle(self, lease: Lease, expert: Expert, state: ExpertState, code: str, reason: str) -> None:
+        """End an expert without a fold: rejected, quarantined or withdrawn, always with a reason."""
+        self._on_expert(lease, expert, {"state": state, "code": code, "reason": reason, "settled": now()})
+
+    # merges
+
+    def merge(self, merge_key: str) -> Merge | None:
+        """The merge of a key, or None when it was never gated."""
+        with database.transaction(self._engine) as tx:
+            row = tx.execute(select(merges).where(merges.c.merge_key == merge_key)).first()
+        return merge_from(row) if row else None
+
+    def merges(self, line: str) -> list[Merge]:
+        """Every gated merge of a line, oldest first; the first is the base itself."""
+        with database.transaction(self._engine) as tx:
+            rows = tx.execute(select(merges).where(merges.c.line == line).order_by(merges.c.id)).all()
+        return [merge_from(row) for row in rows]
+
+    def record_verdict(self, lease: Lease, merge: Merge) -> Merge:
+        """Store the gate's answer; the first one for a merge key stands, and is returned."""
+        with self.leases.fenced(lease) as tx:
+            if tx.execute(select(merges.c.id).where(merges.c.merge_key == merge.merge_key)).first() is None:
+                tx.execute(
+                    insert(merges).values(
+                        line=merge.line,
+                        merge_key=merge.merge_key,
+                        expert_id=merge.expert_id,
+                        parent=merge.parent,
+                        outcome=merge.verdict.outcome,
+                        verdict=json.dumps(plain(merge.verdict)),
+                        run_id=merge.run_id,
+                        fence=lease.fence,
+                        created=now(),
+                    )
+                )
+        recorded = self.merge(merge.merge_key)
+        assert recorded is not None
+        return recorded
+
+    def commit(self, lease: Lease, merge_key: str, version: int, manifest_sha256: str) -> Event:
+        """Make a registered version the champion: its expert is folded, the alias still has to follow.
+
+        Returns:
+            The move, not done yet; `confirm` it once the alias was seen on the target.
+        """
+        with self.leases.fenced(lease) as tx:
+            tx.execute(
+                update(merges)
+                .where(merges.c.merge_key == merge_key)
+                .values(version=version, manifest_sha256=manifest_sha256)
+            )
+            merge = tx.execute(select(merges).where(merges.c.merge_key == merge_key)).one()
+            kind = "init" if merge.parent is None else "fold"
+            return move_champion(tx, lease, kind, version, because="", who="foldin")
+
+    def move(self, lease: Lease, kind: str, target: int, because: str, who: str) -> Event:
+        """Make an older or newer version of the line the champion: a rollback, an adoption, a repair."""
+        with self.leases.fenced(lease) as tx:
+            return move_champion(tx, lease, kind, target, because, who)
+
+    def confirm(self, lease: Lease, move: Event) -> None:
+        """Note that the alias was seen on the move's target."""
+        with self.leases.fenced(lease) as tx:
+            tx.execute(update(events).where(events.c.id == move.id).values(done=True))
+
+    def events(self, line: str) -> list[Event]:
+        """The history of a line, oldest first."""
+        with database.transaction(self._engine) as tx:
+            rows = tx.execute(select(events).where(events.c.line == line).order_by(events.c.id)).all()
+        return [event_from(row) for row in rows]
+
+    def _on_expert(self, lease: Lease, expert: Expert, values: dict[str, Any]) -> None:
+        with self.leases.fenced(lease) as tx:
+            tx.execute(update(experts).where(experts.c.id == expert.id).values(**values))

@@ -1,0 +1,320 @@
+"""What people and clients see: everything foldin reads from MLflow or shows there. The only file that imports it."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from registry.records import ExpertVersion, FoldinError, Refusal
+
+CHAMPION = "champion"
+MERGE_KEY = "foldin.merge_key"
+MANIFEST = Path("foldin/manifest.json")
+TAG_LIMIT = 400  # characters; documents go into artifacts, short facts into tags
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+class MlflowStore:
+    """The registry as foldin uses it: watched models in, versions of a line out."""
+
+    def __init__(self, tracking_uri: str, artifact_root: str, cache: Path) -> None:
+        """Talk to one MLflow; new experiments put their artifacts below `artifact_root`; downloads go to `cache`."""
+        self._uri = tracking_uri
+        self._artifact_root = artifact_root
+        self._cache = cache
+        mlflow.set_tracking_uri(tracking_uri)  # the registry resolves models:/m-… by the global one
+        with self._reached():
+            self._client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+    # experts
+
+    def newer(self, model: str, after: int) -> Iterator[ExpertVersion]:
+        """The versions of a registered model past a number, in version order; none when the model does not exist."""
+        token: str | None = None
+        while True:
+            with self._reached():
+                page = self._client.search_model_versions(
+                    f"name = '{_quoted(model)}' and version_number > {after}",
+                    max_results=100,
+                    order_by=["version_number ASC"],
+                    page_token=token,
+                )
+            yield from (self._expert(version) for version in page)
+            token = page.token
+            if not token:
+                return
+
+    def expert(self, model: str, version: int) -> ExpertVersion | None:
+        """One version of a registered model as it is now; None when it was deleted."""
+        with self._reached():
+            try:
+                return self._expert(self._client.get_model_version(model, str(version)))
+            except MlflowException as error:
+                if _missing(error):
+                    return None
+                raise
+
+    def fetch(self, expert: ExpertVersion) -> Path:
+        """The local folder of an expert's artifacts; downloaded when they are not on this machine.
+
+        Raises:
+            FoldinError: E_SOURCE when there is nothing at the source or it is not readable.
+        """
+        with self._reached():
+            return self._download(expert.model, expert.version, expert.name)
+
+    # a line's versions
+
+    def champion(self, line: str) -> int | None:
+        """The version the alias stands on; None when it stands nowhere."""
+        with self._reached():
+            try:
+                return int(self._client.get_model_version_by_alias(line, CHAMPION).version)
+            except MlflowException as error:
+                if _missing(error) or error.error_code == "INVALID_PARAMETER_VALUE":
+                    return None
+                raise
+
+    def point_champion(self, line: str, version: int) -> None:
+        """Move the alias and see that it moved.
+
+        Raises:
+            FoldinError: E_ALIAS when it stands elsewhere afterwards.
+        """
+        with self._reached():
+            self._client.set_registered_model_alias(line, CHAMPION, str(version))
+        found = self.champion(line)
+        if found != version:
+            raise FoldinError(
+                Refusal(
+                    code="E_ALIAS",
+                    what="the alias does not stand where it was just put",
+                    where=f"model {line}, alias {CHAMPION}",
+                    expected=f"version {version}",
+                    found=f"version {found}",
+                    remedy="run the watch again; it compares the alias with the ledger",
+                )
+            )
+
+    def folder(self, line: str, version: int) -> Path:
+        """The local folder with one version's artifacts; verify it against its manifest before use."""
+        with self._reached():
+            return self._download(line, version, f"{line} v{version}")
+
+    def versions(self, line: str) -> list[int]:
+        """The numbers of a line's registered versions, ascending."""
+        return [version.version for version in self.newer(line, 0)]
+
+    def registered(self, line: str, merge_key: str) -> int | None:
+        """The version that carries a merge key; None when there is none."""
+        with self._reached():
+            found = self._client.search_model_versions(
+                f"name = '{_quoted(line)}' and tags.`{MERGE_KEY}` = '{merge_key}'"
+            )
+        return min((int(version.version) for version in found), default=None)
+
+    def run_for(self, line: str, merge_key: str, name: str, tags: Mapping[str, str]) -> str:
+        """The id of the run that shows one merge, found or created."""
+        experiment = self._experiment(line)
+        with self._reached():
+            runs = self._client.search_runs([experiment], f"tags.`{MERGE_KEY}` = '{merge_key}'", max_results=1)
+            if runs:
+                return str(runs[0].info.run_id)
+            shown = {MERGE_KEY: merge_key, "foldin.line": line, **tags}
+            return str(self._client.create_run(experiment, run_name=name, tags=_short(shown)).info.run_id)
+
+    def show(
+        self,
+        run_id: str,
+        *,
+        params: Mapping[str, object],
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        artifacts: Iterable[tuple[Path, str]],
+        inputs: Iterable[str] = (),
+    ) -> None:
+        """Put a merge's facts on its run and end it; `artifacts` are (file, folder), `inputs` ids of LoggedModels."""
+        batch = [Metric(key, value, 0, 0) for key, value in metrics.items()]
+        with self._reached():
+            self._client.log_batch(
+                run_id,
+                metrics=batch,
+                params=[Param(key, str(value)[:TAG_LIMIT]) for key, value in params.items()],
+                tags=[RunTag(key, value) for key, value in _short(tags).items()],
+            )
+            for path, folder in artifacts:
+                self._client.log_artifact(run_id, str(path), folder or None)
+            models = [LoggedModelInput(model_id) for model_id in inputs if model_id]
+            if models:
+                self._client.log_inputs(run_id, models=models)
+            self._client.set_terminated(run_id, "FINISHED")
+
+    def publish(
+        self,
+        line: str,
+        merge_key: str,
+        run_id: str,
+        folder: Path,
+        *,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+    ) -> int:
+        """Register a finished folder as the line's next version, manifest last; find what an earlier try left.
+
+        A LoggedModel is READY only once its manifest is up, and only a READY one is registered.
+        """
+        registered = self.registered(line, merge_key)
+        if registered is not None:
+            return registered
+        shown = _short({MERGE_KEY: merge_key, "foldin.line": line, **tags})
+        with self._reached():
+            model = self._logged_model(line, merge_key, run_id, shown)
+            if str(model.status) != "READY":
+                self._upload(model.model_id, folder)
+                self._client.finalize_logged_model(model.model_id, "READY")
+                self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+            for key, value in metrics.items():
+                self._client.log_metric(run_id, key, value, model_id=model.model_id)
+            self._ensure_model(line)
+            version = self._client.create_model_version(
+                line, f"models:/{model.model_id}", run_id=run_id, tags=shown, model_id=model.model_id
+            )
+        return int(version.version)
+
+    def register_expert(self, model: str, folder: Path, extra: Iterable[Path], tags: Mapping[str, str]) -> int:
+        """Register a folder, and single files beside it, as the next version of a watched model; returns its number."""
+        experiment = self._experiment(model)
+        with self._reached():
+            self._ensure_model(model)
+            made = self._client.create_logged_model(experiment, name=model, tags=dict(tags), model_type="expert")
+            self._client.log_model_artifacts(made.model_id, str(folder))
+            for path in extra:
+                self._client.log_model_artifact(made.model_id, str(path))
+            self._client.finalize_logged_model(made.model_id, "READY")
+            version = self._client.create_model_version(
+                model, f"models:/{made.model_id}", tags=dict(tags), model_id=made.model_id
+            )
+        return int(version.version)
+
+    def model_id(self, line: str, version: int) -> str:
+        """The id of the LoggedModel behind a version; "" when there is none."""
+        found = self.expert(line, version)
+        return found.model_id if found else ""
+
+    # the machinery
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Turn whatever MLflow raises into one typed error."""
+        try:
+            yield
+        except (MlflowException, OSError) as error:
+            raise FoldinError(
+                Refusal(
+                    code="E_MLFLOW",
+                    what="MLflow did not do what was asked",
+                    where=f"MLflow at {_without_password(self._uri)}",
+                    found=str(error).strip().splitlines()[0][:300],
+                    remedy="check that it runs and that tracking_uri in foldin.toml is right, then try again",
+                )
+            ) from error
+
+    def _expert(self, version: ModelVersion) -> ExpertVersion:
+        model_id = version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else ""
+        status = str(self._client.get_logged_model(model_id).status) if model_id else str(version.status)
+        return ExpertVersion(
+            model=version.name,
+            version=int(version.version),
+            tags=dict(version.tags),
+            source=version.source,
+            model_id=model_id,
+            status=status,
+            run_id=version.run_id or "",
+            created=version.creation_timestamp / 1000,
+        )
+
+    def _download(self, model: str, version: int, where: str) -> Path:
+        uri = self._client.get_model_version_download_uri(model, str(version))
+        parsed = urlparse(uri)
+        local = Path(unquote(parsed.path)) if parsed.scheme in {"", "file"} else None
+        if local is None:
+            target = self._cache / model / str(version)
+            if not (target / MANIFEST).exists():
+                target.mkdir(parents=True, exist_ok=True)
+                get_artifact_repository(uri).download_artifacts("", str(target))
+            return target
+        if not local.is_dir():
+            raise FoldinError(
+                Refusal(
+                    code="E_SOURCE",
+                    what="there are no artifacts at the version's source",
+                    where=where,
+                    found=uri,
+                    remedy="upload the files again and register a new version",
+                )
+            )
+        return local
+
+    def _experiment(self, name: str) -> str:
+        with self._reached():
+            found = self._client.get_experiment_by_name(f"foldin/{name}")
+            if found is not None:
+                return str(found.experiment_id)
+            try:
+                return str(
+                    self._client.create_experiment(f"foldin/{name}", artifact_location=self._artifact_root or None)
+                )
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            return str(self._client.get_experiment_by_name(f"foldin/{name}").experiment_id)
+
+    def _ensure_model(self, name: str) -> None:
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _logged_model(self, line: str, merge_key: str, run_id: str, tags: dict[str, str]) -> LoggedModel:
+        experiment = self._experiment(line)
+        found = self._client.search_logged_models([experiment], filter_string=f"tags.`{MERGE_KEY}` = '{merge_key}'")
+        if found:
+            return found[0]
+        return self._client.create_logged_model(
+            experiment, name=line, source_run_id=run_id, tags=tags, model_type="merged"
+        )
+
+    def _upload(self, model_id: str, folder: Path) -> None:
+        """Every file, the manifest last: a version without one was never finished."""
+        files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        for path in [path for path in files if path != MANIFEST] + [MANIFEST]:
+            parent = path.parent.as_posix()
+            self._client.log_model_artifact(model_id, str(folder / path), None if parent == "." else parent)
+
+
+def _missing(error: MlflowException) -> bool:
+    return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+
+
+def _quoted(name: str) -> str:
+    return name.replace("'", "''")
+
+
+def _short(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: value[:TAG_LIMIT] for key, value in tags.items()}
+
+
+def _without_password(uri: str) -> str:
+    parsed = urlparse(uri)
+    return uri.replace(f":{parsed.password}@", ":***@") if parsed.password else uri

@@ -1,0 +1,90 @@
+"""From the ledger's rows to the types of `registry.records`, and the one rule that spans tables: who is folded."""
+
+import json
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from registry.lineage import ancestry
+from registry.records import Check, Event, Expert, ExpertState, Lease, Line, Merge, Outcome, Verdict
+from registry.schema import events, experts, lines, merges, now
+
+
+def line_from(row: Row[Any]) -> Line:
+    """A line as the ledger holds it."""
+    return Line(row.name, row.base_sha256, row.champion, row.blocked)
+
+
+def expert_from(row: Row[Any]) -> Expert:
+    """An expert as the ledger holds it."""
+    return Expert(
+        row.id,
+        row.line,
+        row.model,
+        row.version,
+        row.generation,
+        row.seq,
+        row.task,
+        row.digest,
+        ExpertState(row.state),
+        row.code,
+        row.reason,
+        row.attempts,
+    )
+
+
+def event_from(row: Row[Any]) -> Event:
+    """An event as the ledger holds it."""
+    return Event(row.id, row.line, row.kind, row.origin, row.target, row.because, row.who, row.done, row.at)
+
+
+def merge_from(row: Row[Any]) -> Merge:
+    """A gated merge as the ledger holds it."""
+    verdict = verdict_from(json.loads(row.verdict))
+    return Merge(
+        row.merge_key, row.line, row.expert_id, row.parent, verdict, row.run_id, row.version, row.manifest_sha256
+    )
+
+
+def verdict_from(table: dict[str, Any]) -> Verdict:
+    """A verdict as `json.dumps(plain(verdict))` wrote it."""
+    return Verdict(Outcome(table["outcome"]), tuple(Check(**check) for check in table["checks"]))
+
+
+def move_champion(tx: Connection, lease: Lease, kind: str, target: int, because: str, who: str) -> Event:
+    """Make a version the champion inside a fenced transaction; the alias follows once this is committed."""
+    origin = tx.execute(select(lines.c.champion).where(lines.c.name == lease.line)).scalar_one()
+    tx.execute(update(lines).where(lines.c.name == lease.line).values(champion=target))
+    _settle_ancestry(tx, lease.line, target, f"the champion was moved from version {origin} to {target}: {because}")
+    return note(tx, lease, kind, because=because, who=who, origin=origin, target=target, done=False)
+
+
+def note(
+    tx: Connection,
+    lease: Lease,
+    kind: str,
+    *,
+    because: str,
+    done: bool,
+    who: str = "foldin",
+    origin: int | None = None,
+    target: int | None = None,
+) -> Event:
+    """Append one event to the line's history."""
+    facts = {"kind": kind, "origin": origin, "target": target, "because": because, "who": who, "done": done}
+    query = insert(events).values(line=lease.line, fence=lease.fence, at=now(), **facts)
+    return event_from(tx.execute(query.returning(events)).one())
+
+
+def _settle_ancestry(tx: Connection, line: str, champion: int, reason: str) -> None:
+    """Folded is every expert among the champion's ancestors; every other that had been folded is rolled back."""
+    rows = tx.execute(select(merges).where((merges.c.line == line) & merges.c.version.is_not(None))).all()
+    chain = set(ancestry({row.version: row.parent for row in rows}, champion))
+    inside = [row.expert_id for row in rows if row.version in chain and row.expert_id is not None]
+    gone = (experts.c.line == line) & (experts.c.state == ExpertState.FOLDED) & experts.c.id.not_in(inside)
+    back = experts.c.id.in_(inside) & (experts.c.state != ExpertState.FOLDED)
+    left = {"state": ExpertState.ROLLED_BACK, "code": "rolled-back", "reason": reason, "settled": now()}
+    tx.execute(update(experts).where(gone).values(**left))
+    tx.execute(
+        update(experts).where(back).values(state=ExpertState.FOLDED, code="", reason="", attempts=0, settled=now())
+    )
