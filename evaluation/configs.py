@@ -24,7 +24,11 @@ IMPLEMENTATIONS = (
 
 def read_config(folder: Path, where: str) -> Json | Refusal:
     """config.json as a dict, or E_CONFIG when it is missing or is not a JSON object."""
-    return _object(folder / "config.json", where)
+    document = _parsed(folder / "config.json", where)
+    if isinstance(document, dict | Refusal):
+        return document
+    what, found = "the file does not hold a JSON object", type(document).__name__
+    return Refusal("E_CONFIG", what, where, file="config.json", expected="{…}", found=found)
 
 
 def code_in(folder: Path, where: str) -> Refusal | None:
@@ -37,7 +41,7 @@ def code_in(folder: Path, where: str) -> Refusal | None:
         if path.suffix.lower() in (".py", ".pyc", ".so"):
             return _code(where, path.name, "the folder carries code", clean(path.name))
     for path in sorted(folder.glob("*config*.json")):
-        document = _object(path, where)
+        document = _parsed(path, where)
         refusal = document if isinstance(document, Refusal) else _code_in_document(document, where, path.name)
         if refusal:
             return refusal
@@ -70,22 +74,19 @@ def unknown_model(
     return None
 
 
-def _object(path: Path, where: str) -> Json | Refusal:
+def _parsed(path: Path, where: str) -> object:
+    """The file's JSON value, or a Refusal when it has none."""
     remedy = "register the folder that save_pretrained wrote"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Refusal("E_CONFIG", "the file is missing", where, file=path.name, remedy=remedy)
     except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 and bad JSON
         found = clean(str(error))
         return Refusal("E_CONFIG", "the file is not valid JSON", where, file=path.name, found=found, remedy=remedy)
-    if isinstance(document, dict):
-        return document
-    found = type(document).__name__
-    return Refusal("E_CONFIG", "the file does not hold a JSON object", where, file=path.name, found=found)
 
 
-def _code_in_document(document: Json, where: str, file: str) -> Refusal | None:
+def _code_in_document(document: object, where: str, file: str) -> Refusal | None:
     for key, value in _entries(document):
         # custom_generate and use_kernels are harmless while off
         if key in CODE_KEYS and value not in (None, False):

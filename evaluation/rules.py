@@ -19,10 +19,9 @@ class Rules:
     min_retention: float = 0.10  # share of the expert's gain over the base that the candidate must keep
     significance: float = 0.05  # a loss counts when chance alone explains it with less than this probability
     expert_significance: float = 0.10  # an expert has learnt when chance explains its gain with less than this
-    approval: bool = False  # a person must approve what has passed
 
 
-LOWEST = {"min_gain": -1.0, "min_expert_gain": -1.0}  # differences of accuracies; every other number is a share
+LOWEST = {"min_gain": -1.0, "min_expert_gain": -1.0, "min_retention": -100.0}  # all others are shares, from 0
 
 
 def rules_from(table: Mapping[str, object], where: str = "gate rules") -> Rules:
@@ -34,8 +33,7 @@ def rules_from(table: Mapping[str, object], where: str = "gate rules") -> Rules:
     for key in table:
         if key not in known:
             raise _refuse(f"the key {clean(key, 40)!r} is unknown", where, remedy=nearest(key, known))
-    numbers = {key: _number(key, value, where) for key, value in table.items() if key != "approval"}
-    return Rules(**numbers, approval=_flag(table.get("approval", False), where))
+    return Rules(**{key: _number(key, value, where) for key, value in table.items()})
 
 
 def _number(key: str, value: object, where: str) -> float:
@@ -45,12 +43,6 @@ def _number(key: str, value: object, where: str) -> float:
         return float(value)
     wanted = f"a number from {lowest:g} to 1 (0.05 is five points)"
     raise _refuse(f"{key} is not a number in range", where, expected=wanted, found=repr(value))
-
-
-def _flag(value: object, where: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise _refuse("approval is not a truth value", where, expected="true or false", found=repr(value))
 
 
 def _refuse(what: str, where: str, *, expected: str = "", found: str = "", remedy: str = "") -> FoldinError:

@@ -1,10 +1,9 @@
-"""The digits study, stage by stage: `python -m experiments.digits zoo | fold | score | compare`, as dvc.yaml runs it."""
+"""The digits study by stages, as dvc.yaml runs it: `python -m experiments.digits zoo | fold | score | compare`."""
 
 import argparse
 import csv
 import json
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ def fold(zoo: Path, out: Path, order: Sequence[str], method: str, parameters: Ma
     base = open_base(zoo / "base")
     merged = fold_in_order(zoo / "base", list(experts_of(zoo, order).values()), method, parameters)
     for count, tensors in enumerate(merged, start=1):
-        shutil.rmtree(out / str(count), ignore_errors=True)
         write_checkpoint(out / str(count), base.specs, tensors.__getitem__, layout=base.layout)
         shutil.copyfile(zoo / "base" / "config.json", out / str(count) / "config.json")
 
@@ -70,7 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # With tensors this small a second thread saves no time, and with one the bytes do not depend on the cores.
     torch.set_num_threads(1)
     if given.stage == "zoo":
-        shutil.rmtree(given.out, ignore_errors=True)
         make_zoo(given.out, Settings(**parameters["zoo"]))
     elif given.stage == "fold":
         fold(given.zoo, given.out, parameters["order"], given.method, parameters["methods"][given.method])
@@ -122,4 +119,4 @@ def _draw_folds(found: Mapping[str, Mapping[str, Any]], order: Sequence[str], pa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

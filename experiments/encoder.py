@@ -34,7 +34,8 @@ def load_encoder(folder: Path, weights: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         KeyError: `weights` lacks a tensor of the model.
     """
-    model: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    with torch.random.fork_rng(devices=[]):  # it draws values first, which the weights then replace
+        model: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     return model.eval()
 

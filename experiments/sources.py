@@ -66,7 +66,6 @@ LINE = {
     "class": "a class definition",
     "comment": "a comment",
     "condition": "a condition",
-    "decorator": "a decorator",
     "function": "a function definition",
     "import": "an import statement",
     "loop": "a loop",
@@ -89,11 +88,8 @@ LANGUAGE = {
 
 # Modules that come with every interpreter; distributions pack tkinter, idlelib, lib2to3, distutils and test apart.
 MODULES = (
-    "argparse ast asyncio bdb calendar codecs configparser contextlib csv datetime dataclasses difflib doctest "
-    "email ftplib functools gzip heapq html http imaplib inspect ipaddress json locale logging mailbox "
-    "multiprocessing optparse pathlib pickle platform plistlib poplib pprint shutil smtplib socket ssl statistics "
-    "string subprocess tarfile tempfile textwrap threading tokenize traceback typing unittest urllib uuid "
-    "warnings weakref xml zipfile"
+    "argparse ast asyncio bdb codecs configparser contextlib csv dataclasses difflib ftplib functools gzip heapq "
+    "json locale optparse random shutil socket string subprocess tempfile textwrap threading traceback urllib xml"
 )
 
 
@@ -175,11 +171,9 @@ KINDS: Mapping[type[ast.stmt], str] = MappingProxyType(
 
 
 def _kinds(text: str) -> Iterator[Example]:
-    """(line, kind) of each statement's first line, each decorator and each comment that has a line to itself."""
+    """(line, kind) of each statement's first line and of each comment that has a line to itself."""
     source = text.splitlines()
     for node in ast.walk(ast.parse(text)):
-        for decorator in getattr(node, "decorator_list", ()):
-            yield source[decorator.lineno - 1].strip(), "decorator"
         if isinstance(node, ast.stmt) and (kind := _kind(node)):
             yield source[node.lineno - 1].strip(), kind
     yield from ((line.strip(), "comment") for line in source if line.strip().startswith("# "))
@@ -197,7 +191,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "city": Source(CITY, cities, gate=35, tune=35, train=200),
         "script": Source(SCRIPT, characters, gate=36, tune=12, train=240),
         "docstring": Source(DOCSTRING, docstrings, gate=44, tune=14, train=240),
-        "line": Source(LINE, lines, gate=30, tune=10, train=240),
+        "line": Source(LINE, lines, gate=32, tune=10, train=240),
         "language": Source(LANGUAGE, words, gate=36, tune=12, train=400),
     }
 )

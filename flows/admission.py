@@ -133,7 +133,7 @@ def _read(settings: LineConfig, base: Version, task: str, files: intake.Admitted
     suite = suite_of(settings, task, files.folder, where)
     whole = Checkpoint.open(files.folder, where)
     weights = base.weights()
-    body = _aligned(whole, weights, models.base_prefix(base.folder))
+    body = _aligned(whole, weights, models.base_prefix(base.folder, list(weights)))
     refusal = _check_names(weights, body, suite.kind, where, base)
     if refusal:
         return refusal

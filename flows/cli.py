@@ -295,3 +295,7 @@ def _say(text: str) -> None:
 def _fail(text: str, code: int) -> NoReturn:
     click.echo(f"error: {text}", err=True)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

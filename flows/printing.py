@@ -125,6 +125,17 @@ def print_accuracy(accuracy: Mapping[str, float]) -> None:
         console().print(table)
 
 
+def print_comparison(rows: Mapping[str, Mapping[str, float]], means: Mapping[str, float]) -> None:
+    """Models by task, with the mean over the tasks last."""
+    tasks = list(next(iter(rows.values())))
+    table = _table("accuracy", *tasks, "mean")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for title, row in rows.items():
+        table.add_row(title, *(f"{row[task]:.3f}" for task in tasks), f"{means[title]:.3f}")
+    console().print(table)
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:

@@ -64,18 +64,13 @@ def score(
 
     A task that cannot be measured gets a score of NaN with the reason, which no gate lets pass.
     """
-    found: dict[str, TaskScore] = {}
-    for done, (name, task) in enumerate(tasks.items()):
-        progress(done, len(tasks))
-        path = house.scores / f"{_key(base, subject, task)}.json"
-        if not path.exists():
-            score = _measure(settings, base, subject, task)
-            if score.error:
-                found[name] = score
-                continue
-            write_json(path, plain(score))
-        found[name] = score_from(read_json(path))
-    return found
+    paths = {name: house.scores / f"{_key(base, subject, task)}.json" for name, task in tasks.items()}
+    missing = {name: task for name, task in tasks.items() if not paths[name].exists()}
+    measured = _measure(settings, base, subject, missing, progress) if missing else {}
+    for name, found in measured.items():
+        if not found.error:
+            write_json(paths[name], plain(found))
+    return {name: measured[name] if name in measured else score_from(read_json(paths[name])) for name in tasks}
 
 
 def report_on(
@@ -108,13 +103,27 @@ def score_from(table: Mapping[str, object]) -> TaskScore:
     return TaskScore(**values)  # type: ignore[arg-type]
 
 
-def _measure(settings: LineConfig, base: Version, subject: Subject, task: Task) -> TaskScore:
-    from evaluation.score import anchors, score
+def _measure(
+    settings: LineConfig, base: Version, subject: Subject, tasks: Mapping[str, Task], progress: Progress
+) -> dict[str, TaskScore]:
+    from evaluation.score import anchors, score_all
 
-    frozen = None
-    if task.suite.kind == "zero-shot-text":
-        frozen = anchors(base.folder, base.weights(), task.suite, settings.device)
-    return score(base.folder, subject.weights, task.suite, anchors=frozen, head=task.head, device=settings.device)
+    suites = {name: task.suite for name, task in tasks.items()}
+    frozen = {
+        name: anchors(base.folder, base.weights(), suite, settings.device)
+        for name, suite in suites.items()
+        if suite.kind == "zero-shot-text"
+    }
+    heads = {name: task.head for name, task in tasks.items() if task.head is not None}
+    return score_all(
+        base.folder,
+        subject.weights,
+        suites,
+        anchors=frozen,
+        heads=heads,
+        device=settings.device,
+        progress=progress,
+    )
 
 
 def _task(suite: "Suite", folder: Path) -> Task:
@@ -128,7 +137,7 @@ def _task(suite: "Suite", folder: Path) -> Task:
 
 
 def _key(base: Version, subject: Subject, task: Task) -> str:
-    parts = (base.memory.base_sha256, subject.weights_sha256, task.suite.sha256, task.head_sha256)
+    parts = (task.suite.task, base.memory.base_sha256, subject.weights_sha256, task.suite.sha256, task.head_sha256)
     return hashlib.sha256(":".join(parts).encode()).hexdigest()
 
 

@@ -18,8 +18,8 @@ from registry.records import FoldinError, Refusal
 
 def deployments(config: Config, config_file: str) -> list[Any]:
     """Of every line: `watch` on its interval or `nightly` on its cron, the other one and `rollback` on demand."""
-    from prefect.types.entrypoint import EntrypointType
     from prefect.schedules import Cron
+    from prefect.types.entrypoint import EntrypointType
 
     from flows.rollback import rollback
     from flows.watch import nightly, watch

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError, InterfaceError
 
 from registry.records import FoldinError, Refusal
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+__all__ = ["HEAD", "MIGRATIONS", "IntegrityError", "connect", "transaction", "translated"]
 
 HEAD = "0001"  # the newest revision in registry/migrations; tested against the folder
 MIGRATION_LOCK = 0x464F4C44  # any constant: PostgreSQL's advisory lock of foldin's migrations
@@ -43,7 +46,9 @@ def translated(engine: Engine) -> Iterator[None]:
     """Turn a database that is locked, down or damaged into one typed error."""
     try:
         yield
-    except (OperationalError, InterfaceError) as error:
+    except IntegrityError:
+        raise  # a broken promise of the tables, for the caller to judge
+    except (DatabaseError, InterfaceError) as error:
         locked = "locked" in str(error.orig).lower()
         raise FoldinError(
             Refusal(
@@ -86,7 +91,7 @@ def _migrate(engine: Engine) -> None:
         from alembic.config import Config
 
         config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 

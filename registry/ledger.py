@@ -8,7 +8,6 @@ import json
 from typing import Any
 
 from sqlalchemy import func, insert, select, update
-from sqlalchemy.exc import IntegrityError
 
 from registry import database
 from registry.leases import Leases
@@ -109,7 +108,7 @@ class Ledger:
                         enrolled=now(),
                     )
                 )
-        except IntegrityError:
+        except database.IntegrityError:
             return False
         return True
 

@@ -118,11 +118,10 @@ class Check:
 
 
 class Outcome(StrEnum):
-    """The gate's three answers."""
+    """The gate's answers."""
 
     PASSED = "passed"
     REJECTED = "rejected"
-    NEEDS_APPROVAL = "needs-approval"
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the candidate may become champion without a person's word."""
+        """Whether the candidate may become champion."""
         return self.outcome is Outcome.PASSED
 
     @property

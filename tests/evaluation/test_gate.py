@@ -56,13 +56,7 @@ def test_a_good_candidate_passes_every_rule():
     assert verdict.outcome is Outcome.PASSED
     assert verdict.reason == ""
     asked = {check.rule for check in verdict.checks}
-    assert asked == {field.name for field in fields(Rules)} - {"significance", "expert_significance", "approval"}
-
-
-def test_what_passed_may_need_a_persons_word_and_what_failed_does_not():
-    rules = Rules(approval=True)
-    assert gate(candidate(), CHAMPION, rules).outcome is Outcome.NEEDS_APPROVAL
-    assert gate(candidate(new=share("new", 80)), CHAMPION, rules).outcome is Outcome.REJECTED
+    assert asked == {field.name for field in fields(Rules)} - {"significance", "expert_significance"}
 
 
 def test_a_drop_is_refused_with_its_numbers():
@@ -202,9 +196,7 @@ def test_nothing_uncertain_passes_even_the_loosest_rules(place, damage):
 @given(
     place=st.sampled_from(PLACES),
     damage=st.sampled_from(list(SPOILT.values())),
-    rules=st.builds(
-        Rules, *[st.floats(0, 1)] * 3, *[st.floats(-1, 1)] * 2, *[st.floats(0, 1)] * 3, approval=st.booleans()
-    ),
+    rules=st.builds(Rules, *[st.floats(0, 1)] * 3, *[st.floats(-1, 1)] * 2, *[st.floats(0, 1)] * 3),
 )
 def test_nothing_uncertain_passes_whatever_the_rules(place, damage, rules):
     assert gate(*spoil(place, damage), rules).outcome is Outcome.REJECTED
@@ -245,15 +237,15 @@ def test_the_texts_hold_no_control_characters():
 
 def test_rules_come_from_a_table():
     assert rules_from({}) == Rules()
-    rules = rules_from({"max_task_drop": 0.1, "min_gain": -1, "approval": True})
-    assert rules == Rules(max_task_drop=0.1, min_gain=-1.0, approval=True)
+    rules = rules_from({"max_task_drop": 0.1, "min_gain": -1})
+    assert rules == Rules(max_task_drop=0.1, min_gain=-1.0)
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
         ({"max_taks_drop": 0.1}, "the key 'max_taks_drop' is unknown. Did you mean 'max_task_drop'."),
-        ({"zzz": 1}, "Use one of: approval, expert_significance"),
+        ({"zzz": 1}, "Use one of: expert_significance"),
         (
             {"max_task_drop": 5.0},
             r"max_task_drop is not a number in range. Expected a number from 0 to 1 (0.05 is five",
@@ -262,7 +254,6 @@ def test_rules_come_from_a_table():
         ({"min_gain": -1.5}, "Expected a number from -1 to 1"),
         ({"significance": math.nan}, "Found nan"),
         ({"significance": True}, "Found True"),
-        ({"approval": 1}, "approval is not a truth value. Expected true or false. Found 1"),
     ],
 )
 def test_wrong_rules_are_refused(table, message):

@@ -239,6 +239,13 @@ def test_a_config_that_may_not_be_used(tmp_path, keys, code, message):
     assert "expert v1, file config.json" in str(refusal)
 
 
+def test_other_json_files_need_not_be_objects(tmp_path):
+    (config_folder(tmp_path) / "data_config.json").write_text('[{"name": "sentences"}]')  # as all-MiniLM-L6-v2 has
+    assert check_config(tmp_path, "expert v1") is None
+    (tmp_path / "data_config.json").write_text('[{"auto_map": "m.Evil"}]')
+    assert "names code to run" in str(check_config(tmp_path, "expert v1"))
+
+
 def test_code_beside_the_config_is_refused_and_never_imported(tmp_path):
     folder = config_folder(tmp_path, "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})
     refusal = check_config(folder, "expert v1")

@@ -98,7 +98,7 @@ def test_suite_json_is_not_an_object(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"promts": []}, "the key 'promts' is unknown. Did you mean 'prompts'."),
+        ({"prompt": []}, "the key 'prompt' is unknown. Did you mean 'prompts'."),
         ({"labels": "REMOVED"}, "the key 'labels' is missing"),
         ({"kind": "zero-shot-txt"}, "the kind is unknown. Expected one of zero-shot-text, text-classification"),
         ({"metric": "f1"}, "the metric is unknown. Expected one of accuracy. Found 'f1'"),

@@ -1,0 +1,216 @@
+"""The whole loop on a real model, from one command: what a team would do in a month, in a few minutes, offline."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.config import Config, load
+from flows.setup import write_line
+from flows.telling import bar, say, speak
+from flows.wiring import House, house, prepare_environment, tracking_uri
+
+if TYPE_CHECKING:
+    from experiments.texts import TextTask
+
+LINE = "demo"
+EXPERTS = "demo-experts"
+BAD, BROKEN = "line", "script"  # tasks of the expert trained on shuffled labels, and of the one with a NaN
+
+
+class Story:
+    """The facts of one run, told as they happen."""
+
+    def __init__(self) -> None:
+        """Nothing has happened yet."""
+        self.facts: dict[str, Any] = {"steps": []}
+        self._started = time.monotonic()
+
+    def chapter(self, title: str) -> None:
+        """Announce the next part."""
+        say(f"\n[{time.monotonic() - self._started:5.0f} s] {title}")
+
+    def note(self, **facts: Any) -> None:  # noqa: ANN401 - any JSON
+        """Keep facts for the JSON file."""
+        self.facts.update(facts)
+
+    def end(self) -> None:
+        """Keep how long it took."""
+        self.facts["seconds"] = round(time.monotonic() - self._started, 1)
+
+
+def run(home: Path, base: Path | None, json_file: Path | None, *, debug: bool) -> None:
+    """The demonstration from nothing: earlier runs in `home` are removed, fine-tuned experts are kept.
+
+    Args:
+        home: folder of the demonstration.
+        base: folder of all-MiniLM-L6-v2; None for the one in the Python package.
+        json_file: where to write the facts of the run; None for nowhere.
+        debug: show Prefect's log.
+    """
+    story = Story()
+    config_file = _fresh(home)
+    speak(True)
+    prepare_environment(load(config_file), verbose=debug)
+    from experiments.zoo import base_folder
+
+    folder = base_folder(base)
+    write_line(config_file, LINE, folder, [EXPERTS], None)
+    config = load(config_file)
+    story.chapter("Fine-tuning five experts from one base (kept for the next run)")
+    trained = _train(folder, home / "cache", story)
+    story.chapter("Starting the line: the base becomes version 1")
+    _start(config_file, config)
+    story.chapter("Each expert is registered with a plain MLflow client; the watch flow finds it and folds it")
+    _fold_all(config_file, config, trained, story)
+    story.chapter("An expert trained on shuffled labels, and one with a NaN")
+    _refuse_bad(config_file, config, folder, home, story)
+    story.chapter("A person moves the alias two versions back in MLflow; foldin adopts it, then rolls forward")
+    _back_and_forth(config_file, config, story)
+    story.chapter("What it was worth")
+    _compare(house(str(config_file)), trained, story)
+    _close(config_file, json_file, story)
+
+
+def _fresh(home: Path) -> Path:
+    """The configuration file of a new run."""
+    shutil.rmtree(home / "run", ignore_errors=True)
+    (home / "run").mkdir(parents=True)
+    config_file = home / "run/foldin.toml"
+    config_file.write_text("# The demonstration line. Everything below is embedded: SQLite and local folders.\n")
+    return config_file
+
+
+def _train(base: Path, cache: Path, story: Story) -> "dict[str, tuple[TextTask, Path]]":
+    from experiments.texts import text_task
+    from experiments.zoo import DEMONSTRATION, expert
+
+    trained = {}
+    for name, recipe in DEMONSTRATION.items():
+        task, before = text_task(name), time.monotonic()
+        with bar(f"fine-tuning {name}") as progress:
+            folder = expert(task, cache, base, recipe, progress)
+        trained[name] = (task, folder)
+        say(f"  {name:<10} {len(task.labels):>2} labels  {time.monotonic() - before:5.1f} s")
+    return trained
+
+
+def _start(config_file: Path, config: Config) -> None:
+    from flows.starting import start
+
+    at = house(str(config_file))
+    start(at, LINE, config.line(LINE))
+
+
+def _fold_all(config_file: Path, config: Config, trained: "Mapping[str, tuple[TextTask, Path]]", story: Story) -> None:
+    from experiments.plain_client import register_expert
+
+    uri = tracking_uri(config)
+    outcomes = []
+    for name, (_, folder) in trained.items():
+        register_expert(uri, EXPERTS, folder, name)
+        outcomes += _watch(config_file)
+    story.note(folded=[each for each in outcomes if each["state"] == "folded"], outcomes=outcomes)
+
+
+def _refuse_bad(config_file: Path, config: Config, base: Path, home: Path, story: Story) -> None:
+    from experiments.plain_client import champion, register_expert
+    from experiments.texts import text_task
+    from experiments.zoo import DEMONSTRATION, expert, poison
+
+    uri = tracking_uri(config)
+    before = champion(uri, LINE)
+    recipe = DEMONSTRATION[BAD]._replace(shuffled=True)
+    with bar("fine-tuning on shuffled labels") as progress:
+        bad = expert(text_task(BAD), home / "cache", base, recipe, progress)
+    register_expert(uri, EXPERTS, bad, BAD)
+    rejected = _watch(config_file)
+    after_bad = champion(uri, LINE)
+    good = expert(text_task(BROKEN), home / "cache", base, DEMONSTRATION[BROKEN])
+    register_expert(uri, EXPERTS, poison(good, home / "run/broken"), BROKEN)
+    quarantined = _watch(config_file)
+    story.note(
+        rejected=rejected,
+        quarantined=quarantined,
+        champion_before=before,
+        champion_after_rejected=after_bad,
+        champion_after_quarantined=champion(uri, LINE),
+    )
+
+
+def _back_and_forth(config_file: Path, config: Config, story: Story) -> None:
+    from experiments.plain_client import champion, move_alias
+    from flows.rollback import rollback
+
+    at, uri = house(str(config_file)), tracking_uri(config)
+    newest = champion(uri, LINE)
+    move_alias(uri, LINE, newest - 2)
+    _watch(config_file)
+    adopted = at.ledger.line(LINE).champion
+    rollback(LINE, "the rollback was a drill", newest, "the demonstration", str(config_file))
+    story.note(
+        rollback={"from": newest, "moved_to": newest - 2, "adopted": adopted, "forward_to": champion(uri, LINE)},
+        champion=champion(uri, LINE),
+    )
+
+
+def _compare(at: House, trained: "Mapping[str, tuple[TextTask, Path]]", story: Story) -> None:
+    """Base, experts, two plain merges and the champion on every task, measured now."""
+    from flows.printing import print_comparison
+    from flows.scoring import Subject, known_tasks, score
+    from flows.versions import chain, open_version
+    from merging import merge
+    from registry.weights import Checkpoint, content_sha256
+
+    champion = at.ledger.line(LINE).champion or 0
+    served = open_version(at, LINE, champion)
+    base = open_version(at, LINE, chain(at, LINE, champion)[-1])
+    settings = at.config.line(LINE)
+    tasks = known_tasks(at, settings, served.memory, served.folder)
+    experts = {name: Checkpoint.open(folder) for name, (_, folder) in trained.items()}
+
+    def measure(title: str, weights: Any, names: Any) -> dict[str, float]:  # noqa: ANN401 - mappings of tensors
+        with bar(f"measuring {title}") as progress:
+            subject = Subject(content_sha256(weights)[0], weights)
+            found = score(at, settings, base, subject, {name: tasks[name] for name in names}, progress)
+        return {name: each.value for name, each in found.items()}
+
+    rows = {"base": measure("the base", base.weights(), tasks)}
+    rows["experts, each on its own task"] = {
+        name: measure(name, weights, [name])[name] for name, weights in experts.items()
+    }
+    projected = served.memory.projected
+    for title, method in (("average", "average"), ("task arithmetic 0.3", "task_arithmetic")):
+        merged = merge(base.weights(), list(experts.values()), method, projected=projected)
+        rows[title] = measure(title, merged, tasks)
+    rows["OPCM (the champion)"] = measure("the champion", served.weights(), tasks)
+    means = {title: sum(row.values()) / len(row) for title, row in rows.items()}
+    story.note(accuracy=rows, mean_accuracy=means, champion_weights_sha256=served.memory.weights_sha256)
+    print_comparison(rows, means)
+
+
+def _close(config_file: Path, json_file: Path | None, story: Story) -> None:
+    from flows.printing import console, lineage_tree
+    from flows.reading import log, show
+
+    at = house(str(config_file))
+    console().print(lineage_tree(log(at, LINE)))
+    facts = show(at, LINE, None)
+    relative = os.path.relpath(config_file)
+    story.note(report=facts["report"], log=log(at, LINE), config=str(config_file))
+    story.end()
+    if json_file:
+        json_file.write_text(json.dumps(story.facts, indent=1, default=str) + "\n", encoding="utf-8")
+    say(f"\nDone in {story.facts['seconds']:.0f} s.")
+    say(f"The champion's report:    {facts['report']}")
+    say(f"Both user interfaces:     foldin --config {relative} ui")
+    say(f"The line's history:       foldin --config {relative} log {LINE}")
+
+
+def _watch(config_file: Path) -> list[dict[str, Any]]:
+    from flows.watch import watch
+
+    return watch(LINE, str(config_file))

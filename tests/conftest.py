@@ -1,0 +1,111 @@
+"""Small real things that several tests need: a tiny text encoder with experts, and the command line as a process."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+WORDS = ("red", "green", "blue", "cat", "dog", "cow", "one", "two", "three", "color", "animal", "number")
+LENIENT = {
+    "max_task_drop": 1.0,
+    "max_mean_drop": 1.0,
+    "max_negative_flips": 1.0,
+    "min_gain": -1.0,
+    "min_expert_gain": -1.0,
+    "min_retention": -100.0,
+    "expert_significance": 1.0,
+}
+
+
+def make_base(folder):
+    """A two-layer BERT with random weights and a vocabulary of twelve words."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir(parents=True)
+    vocabulary = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def make_expert(base, folder, seed, size=0.02):
+    """The base with noise on every matrix but the embeddings, and a suite that any such model can be measured by."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from evaluation.suites import write_suite
+
+    shutil.copytree(base, folder)
+    generator = torch.Generator().manual_seed(seed)
+    weights = load_file(base / "model.safetensors")
+    moved = {
+        name: tensor + size * torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim == 2 and "embeddings" not in name
+        else tensor
+        for name, tensor in weights.items()
+    }
+    save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+    pairs = [(f"{first} {second}", WORDS.index(first) // 3) for first in WORDS[:9] for second in WORDS[:9]]
+    rows = [(text, label, "gate" if index % 4 else "tune") for index, (text, label) in enumerate(pairs)]
+    prompts = ("color red green blue", "animal cat dog cow", "number one two three")
+    write_suite(folder, kind="zero-shot-text", labels=("color", "animal", "number"), prompts=prompts, rows=rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory):
+    """A tiny base and five experts: zoo / "base", zoo / "expert-1", ..."""
+    root = tmp_path_factory.mktemp("zoo")
+    base = make_base(root / "base")
+    for number in range(1, 6):
+        make_expert(base, root / f"expert-{number}", seed=number)
+    return root
+
+
+@pytest.fixture
+def workshop(tmp_path, zoo):
+    """A folder with a foldin.toml whose line `tiny` lets everything pass."""
+    gate = "\n".join(f"{key} = {value}" for key, value in LENIENT.items())
+    (tmp_path / "foldin.toml").write_text(
+        f'[registry]\nlease_seconds = 20.0\n\n[lines.tiny]\nbase = "{zoo / "base"}"\nexperts = ["tiny-experts"]\n'
+        f"interval = 3600.0\n\n[lines.tiny.gate]\n{gate}\n"
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def expert_maker(zoo, tmp_path):
+    """A function that makes one more expert of the tiny base: seed, size of the move -> folder."""
+    return lambda seed, size=0.02: make_expert(zoo / "base", tmp_path / f"made-{seed}", seed, size)
+
+
+@pytest.fixture(scope="session")
+def foldin():
+    """The command line as a process of its own: folder, arguments -> finished process."""
+    return run_foldin
+
+
+def run_foldin(folder, *arguments, timeout=180, **environment):
+    """Run foldin in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

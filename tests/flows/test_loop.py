@@ -1,0 +1,291 @@
+"""The loop in one process: experts registered by a plain MLflow client, folded by real Prefect flow runs."""
+
+import shutil
+import warnings
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from experiments.plain_client import champion, move_alias, register_expert
+from flows.versions import open_version
+from flows.wiring import house, tracking_uri
+from registry.files import hash_tree
+from registry.records import ExpertState, FoldinError, Refusal
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect():
+    from prefect.testing.utilities import prefect_test_harness
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with prefect_test_harness(server_startup_timeout=180):
+            yield
+
+
+@pytest.fixture
+def at(workshop):
+    found = house(str(workshop / "foldin.toml"))
+    yield found
+    found.ledger.close()
+
+
+def look(at):
+    from flows.watch import watch
+
+    return watch("tiny", str(at.config.folder / "foldin.toml"))
+
+
+def register(at, folder, task):
+    return register_expert(tracking_uri(at.config), "tiny-experts", folder, task)
+
+
+def seen(at):
+    return champion(tracking_uri(at.config), "tiny")
+
+
+def states(at):
+    return [str(expert.state) for expert in at.ledger.experts("tiny")]
+
+
+def test_experts_are_folded_in_order_once_and_their_lineage_is_in_mlflow(at, zoo):
+    for number in (1, 2):
+        register(at, zoo / f"expert-{number}", f"task-{number}")
+    assert [(each["expert"], each["version"]) for each in look(at)] == [("tiny-experts v1", 2), ("tiny-experts v2", 3)]
+    assert look(at) == []  # the same trigger again
+    assert seen(at) == at.ledger.line("tiny").champion == 3
+    third = open_version(at, "tiny", 3)
+    assert [expert.task for expert in third.memory.experts] == ["task-1", "task-2"]
+    assert third.memory.stats[0] == 2
+    # What an MLflow client alone can read of the lineage.
+    client = at.mlflow._client
+    version = client.get_model_version("tiny", "3")
+    run = client.get_run(version.run_id)
+    sources = [
+        client.get_model_version(*each).source.removeprefix("models:/")
+        for each in (("tiny", "2"), ("tiny-experts", "2"))
+    ]
+    assert [each.model_id for each in run.inputs.model_inputs] == sources
+    assert [each.model_id for each in run.outputs.model_outputs] == [version.source.removeprefix("models:/")]
+    assert version.tags["foldin.manifest_sha256"] == third.manifest_sha256
+    assert set(run.data.metrics) >= {"accuracy.task-1", "accuracy.task-2"}
+    assert {each.path for each in client.list_artifacts(version.run_id, "plots")} == {
+        "plots/accuracy_matrix.png",
+        "plots/tasks.png",
+    }
+
+
+def test_the_merged_weights_are_those_of_a_plain_merge_in_memory(at, zoo):
+    from merging import merge
+
+    for number in (1, 2, 3):
+        register(at, zoo / f"expert-{number}", f"task-{number}")
+    look(at)
+    served = open_version(at, "tiny", 4)
+    base, *experts = (
+        load_file(zoo / name / "model.safetensors") for name in ("base", "expert-1", "expert-2", "expert-3")
+    )
+    wanted = merge(base, experts, "opcm", projected=served.memory.projected)
+    assert len(served.memory.projected) == 13  # six matrices in each of two layers, and the pooler
+    for name, tensor in served.weights().items():
+        assert tensor.equal(wanted[name]), name
+
+
+def test_the_same_weights_registered_twice_give_one_merge(at, zoo):
+    register(at, zoo / "expert-1", "task-1")
+    register(at, zoo / "expert-1", "task-1")
+    first, second = look(at)
+    assert (first["state"], second["state"]) == ("folded", "quarantined")
+    assert "E_DUPLICATE" in second["reason"]
+    assert "tiny-experts v1, which is folded" in second["reason"]
+    assert seen(at) == 2
+
+
+def test_a_moved_alias_is_adopted_and_the_next_fold_starts_there(at, zoo):
+    for number in (1, 2, 3):
+        register(at, zoo / f"expert-{number}", f"task-{number}")
+    look(at)
+    move_alias(tracking_uri(at.config), "tiny", 2)
+    look(at)
+    assert at.ledger.line("tiny").champion == 2
+    assert states(at) == ["folded", "rolled-back", "rolled-back"]
+    assert at.ledger.events("tiny")[-1].kind == "adopted"
+    register(at, zoo / "expert-4", "task-4")
+    assert [each["version"] for each in look(at)] == [5]
+    branch = open_version(at, "tiny", 5)
+    assert [expert.task for expert in branch.memory.experts] == ["task-1", "task-4"]
+    assert states(at) == ["folded", "rolled-back", "rolled-back", "folded"]
+
+
+def test_an_alias_on_a_version_that_never_passed_blocks_the_line_until_it_is_moved(at, zoo):
+    register(at, zoo / "expert-1", "task-1")
+    look(at)
+    stranger = register_expert(tracking_uri(at.config), "tiny", zoo / "expert-2", "x")
+    move_alias(tracking_uri(at.config), "tiny", stranger)
+    register(at, zoo / "expert-3", "task-3")
+    assert look(at) == []
+    assert f"moved by hand to version {stranger}" in at.ledger.line("tiny").blocked
+    assert states(at) == ["folded", "pending"]
+    assert seen(at) == stranger  # foldin does not fight people
+    move_alias(tracking_uri(at.config), "tiny", 2)
+    assert [each["state"] for each in look(at)] == ["folded"]
+    assert at.ledger.line("tiny").blocked == ""
+
+
+def test_rollback_verifies_its_target_and_leaves_the_champion_when_it_is_damaged(at, zoo):
+    from flows.rollback import rollback
+
+    config = str(at.config.folder / "foldin.toml")
+    for number in (1, 2):
+        register(at, zoo / f"expert-{number}", f"task-{number}")
+    look(at)
+    weights = open_version(at, "tiny", 2).folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(FoldinError, match=r"E_DIGEST .*model\.safetensors"):
+        rollback("tiny", "a test", 2, "ann", config)
+    assert seen(at) == 3
+    weights.write_bytes(whole)
+    assert rollback("tiny", "a test", None, "ann", config) == {"from": 3, "to": 2}
+    assert seen(at) == 2
+    assert [(e.kind, e.who, e.because) for e in at.ledger.events("tiny")][-1] == ("rollback", "ann", "a test")
+    with pytest.raises(FoldinError, match=r"E_VERSION tiny v9: foldin did not register this version.*one of 1, 2, 3"):
+        rollback("tiny", "a test", 9, "ann", config)
+
+
+def test_a_fold_that_began_before_a_rollback_can_never_promote(at, zoo, monkeypatch):
+    from flows import merge
+    from flows.rollback import rollback
+
+    config = str(at.config.folder / "foldin.toml")
+    register(at, zoo / "expert-1", "task-1")
+    look(at)
+    register(at, zoo / "expert-2", "task-2")
+    original = merge.register
+
+    def rolled_back_meanwhile(*arguments):
+        version = original(*arguments)
+        rollback("tiny", "meanwhile", 1, "ann", config)
+        return version
+
+    monkeypatch.setattr(merge, "register", rolled_back_meanwhile)
+    with pytest.raises(FoldinError, match="E_FENCED"):
+        look(at)
+    monkeypatch.undo()
+    assert seen(at) == at.ledger.line("tiny").champion == 1
+    assert states(at) == ["rolled-back", "pending"]
+    assert [each["version"] for each in look(at)] == [4]  # version 3 stays, complete and never promoted
+
+
+def test_a_run_that_died_after_the_ledger_and_before_the_alias_is_finished_by_the_next(at, zoo, monkeypatch):
+    from flows import merge
+
+    register(at, zoo / "expert-1", "task-1")
+
+    def died(*arguments):
+        raise FoldinError(Refusal("E_MLFLOW", "gone away"))
+
+    monkeypatch.setattr(merge, "follow", died)
+    with pytest.raises(FoldinError, match="gone away"):
+        look(at)
+    monkeypatch.undo()
+    assert at.ledger.line("tiny").champion == 2
+    assert seen(at) == 1
+    look(at)
+    assert seen(at) == 2
+    assert all(event.done for event in at.ledger.events("tiny"))
+
+
+def test_the_gate_rejects_and_the_next_expert_is_folded_all_the_same(at, zoo, tmp_path):
+    toml = at.config.folder / "foldin.toml"
+    toml.write_text(toml.read_text().replace("min_expert_gain = -1.0", "min_expert_gain = 0.9"))
+    house.cache_clear()
+    strict = house(str(toml))
+    register(strict, zoo / "expert-1", "task-1")
+    (outcome,) = look(strict)
+    assert outcome["state"] == "rejected"
+    assert "task-1" in outcome["reason"]
+    assert seen(strict) == 1
+    runs = strict.mlflow._client.search_runs([strict.mlflow._experiment("tiny")], "tags.`foldin.verdict` = 'rejected'")
+    assert len(runs) == 1
+    assert "task-1" in runs[0].data.tags["foldin.reason"]
+    toml.write_text(toml.read_text().replace("min_expert_gain = 0.9", "min_expert_gain = -1.0"))
+    house.cache_clear()
+    register(house(str(toml)), zoo / "expert-2", "task-2")
+    assert [each["state"] for each in look(house(str(toml)))] == ["folded"]
+
+
+def test_nothing_is_left_in_scratch_and_versions_are_self_contained(at, zoo):
+    register(at, zoo / "expert-1", "task-1")
+    look(at)
+    assert list(at.work("tiny").iterdir()) == []
+    files = set(hash_tree(open_version(at, "tiny", 2).folder))
+    assert files >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "foldin/manifest.json",
+        "foldin/state.json",
+        "foldin/state/model.safetensors",
+        "foldin/report.json",
+        "foldin/report.html",
+        "foldin/plots/accuracy_matrix.png",
+        "foldin/plots/tasks.png",
+    }
+
+
+def test_a_withdrawn_expert_is_skipped_and_says_so(at, zoo):
+    first = register(at, zoo / "expert-1", "task-1")
+    register(at, zoo / "expert-2", "task-2")
+    from flows.discovery import discover
+    from flows.leasing import held
+    from flows.starting import start
+
+    settings = at.config.line("tiny")
+    start(at, "tiny", settings)
+    with held(at, "tiny") as lease:
+        assert discover(at, lease, settings) == 2
+    at.mlflow._client.delete_model_version("tiny-experts", str(first))
+    assert [each["state"] for each in look(at)] == ["withdrawn", "folded"]
+    assert at.ledger.experts("tiny")[0].state is ExpertState.WITHDRAWN
+
+
+def test_a_model_that_kills_its_worker_is_set_aside_after_three_tries(at, zoo, monkeypatch):
+    from flows import merge
+
+    register(at, zoo / "expert-1", "task-1")
+    register(at, zoo / "expert-2", "task-2")
+    original = merge.fold
+
+    def poisonous(scratch, settings, base, parent, expert, name, progress):
+        if name[1] == 1:
+            raise RuntimeError("out of something")
+        return original(scratch, settings, base, parent, expert, name, progress)
+
+    monkeypatch.setattr(merge, "fold", poisonous)
+    outcomes = look(at)
+    assert [(each["state"]) for each in outcomes] == ["quarantined", "folded"]
+    assert "3 runs ended" in outcomes[0]["reason"]
+    assert at.ledger.experts("tiny")[0].code == "Q_CRASH"
+
+
+def test_an_expert_that_moves_nothing_is_judged_like_any_other(at, zoo, expert_maker):
+    same = expert_maker(9, size=0.0)
+    register(at, same, "task-1")
+    assert [each["state"] for each in look(at)] == ["folded"]
+    base, served = load_file(zoo / "base/model.safetensors"), open_version(at, "tiny", 2).weights()
+    assert all(served[name].equal(tensor) for name, tensor in base.items())
+
+
+def test_a_half_precision_expert_is_folded_and_its_precision_is_remembered(at, zoo, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(zoo / "expert-1", half)
+    weights = load_file(half / "model.safetensors")
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in weights.items()}, half / "model.safetensors", {"format": "pt"}
+    )
+    register(at, half, "task-1")
+    assert [each["state"] for each in look(at)] == ["folded"]
+    assert open_version(at, "tiny", 2).memory.stored == "BF16"

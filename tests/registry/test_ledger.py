@@ -1,0 +1,242 @@
+"""What the ledger promises: order, one fold per expert and digest, and that an overtaken run writes nothing."""
+
+import sqlite3
+import threading
+import time
+
+import pytest
+from sqlalchemy import text
+
+from registry import database
+from registry.ledger import Ledger
+from registry.records import ExpertState, ExpertVersion, FoldinError, Merge, Outcome, Verdict
+
+PASSED = Verdict(Outcome.PASSED)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    made = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}", patience=5.0)
+    made.add_line("demo", "b" * 64)
+    yield made
+    made.close()
+
+
+def enrol(ledger, version, model="experts"):
+    return ledger.enrol("demo", ExpertVersion(model, version), "city")
+
+
+def promote(ledger, lease, key, expert, parent, version):
+    ledger.record_verdict(lease, Merge(key, "demo", expert.id if expert else None, parent, PASSED))
+    move = ledger.commit(lease, key, version, "m" * 64)
+    ledger.confirm(lease, move)
+    return move
+
+
+def fold_three(ledger):
+    """Version 1 is the base; experts 1, 2, 3 are folded as versions 2, 3, 4."""
+    lease = ledger.leases.claim("demo", "me", 60)
+    promote(ledger, lease, "k1", None, None, 1)
+    for number in (1, 2, 3):
+        enrol(ledger, number)
+        expert = ledger.experts("demo", ExpertState.PENDING)[0]
+        ledger.note_digest(lease, expert, f"digest {number}")
+        promote(ledger, lease, f"k{number + 1}", expert, number, number + 1)
+    return lease
+
+
+def states(ledger):
+    return [str(expert.state) for expert in ledger.experts("demo")]
+
+
+def test_an_expert_is_enrolled_once_and_keeps_its_place(ledger):
+    assert [enrol(ledger, version) for version in (1, 2, 1, 2, 3)] == [True, True, False, False, True]
+    assert [(each.version, each.seq) for each in ledger.experts("demo")] == [(1, 1), (2, 2), (3, 3)]
+    assert ledger.newest_enrolled("demo", "experts") == 3
+    assert ledger.newest_enrolled("demo", "others") == 0
+
+
+def test_eight_threads_enrol_the_same_fifty_versions_once_each(ledger):
+    def all_of_them():
+        for version in range(1, 51):
+            enrol(ledger, version)
+
+    threads = [threading.Thread(target=all_of_them) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = ledger.experts("demo")
+    assert sorted(each.version for each in found) == list(range(1, 51))
+    assert [each.seq for each in found] == list(range(1, 51))
+
+
+def test_folding_moves_the_champion_and_leaves_an_event_each(ledger):
+    fold_three(ledger)
+    assert ledger.line("demo").champion == 4
+    assert states(ledger) == ["folded"] * 3
+    assert [(e.kind, e.origin, e.target, e.done) for e in ledger.events("demo")] == [
+        ("init", None, 1, True),
+        ("fold", 1, 2, True),
+        ("fold", 2, 3, True),
+        ("fold", 3, 4, True),
+    ]
+
+
+def test_rolling_back_and_forward_follows_the_ancestry(ledger):
+    lease = fold_three(ledger)
+    ledger.move(lease, "rollback", 2, "it forgets cities", "ann")
+    assert states(ledger) == ["folded", "rolled-back", "rolled-back"]
+    assert "it forgets cities" in ledger.experts("demo")[2].reason
+    ledger.move(lease, "rollback", 4, "a drill", "ann")
+    assert states(ledger) == ["folded"] * 3
+    assert ledger.experts("demo")[2].reason == ""
+
+
+def test_a_fold_after_a_rollback_starts_a_branch(ledger):
+    lease = fold_three(ledger)
+    ledger.move(lease, "rollback", 2, "", "ann")
+    enrol(ledger, 4)
+    fourth = ledger.experts("demo", ExpertState.PENDING)[0]
+    promote(ledger, lease, "k5", fourth, 2, 5)
+    assert states(ledger) == ["folded", "rolled-back", "rolled-back", "folded"]
+
+
+def test_an_overtaken_run_can_write_nothing(ledger):
+    old = fold_three(ledger)
+    enrol(ledger, 4)
+    expert = ledger.experts("demo", ExpertState.PENDING)[0]
+    new = ledger.leases.seize("demo", "other", 60)
+    assert new.fence > old.fence
+    writes = [
+        lambda: ledger.begin(old, expert, "city"),
+        lambda: ledger.note_digest(old, expert, "d"),
+        lambda: ledger.settle(old, expert, ExpertState.REJECTED, "E", "r"),
+        lambda: ledger.record_verdict(old, Merge("k9", "demo", expert.id, 4, PASSED)),
+        lambda: ledger.commit(old, "k4", 9, "m"),
+        lambda: ledger.move(old, "rollback", 1, "", "x"),
+        lambda: ledger.block(old, "x"),
+        lambda: ledger.confirm(old, ledger.events("demo")[-1]),
+    ]
+    for write in writes:
+        with pytest.raises(FoldinError, match=r"E_FENCED line demo: .*Expected fence 1"):
+            write()
+    assert ledger.line("demo").champion == 4
+    assert states(ledger)[-1] == "pending"
+    assert ledger.merge("k9") is None
+    assert ledger.begin(new, expert, "city") == 1
+
+
+def test_only_one_of_two_takes_over_from_the_same_dead_holder(ledger):
+    dead = ledger.leases.claim("demo", "dead", 60)
+    assert ledger.leases.claim("demo", "second", 60) is None
+    assert ledger.leases.seize("demo", "second", 60, dead.fence) is not None
+    assert ledger.leases.seize("demo", "third", 60, dead.fence) is None
+    assert ledger.leases.holder("demo").holder == "second"
+
+
+def test_a_lease_runs_out_and_can_be_kept_alive(ledger):
+    first = ledger.leases.claim("demo", "first", 0.2)
+    assert ledger.leases.renew(first, 0.4)
+    assert ledger.leases.claim("demo", "second", 1) is None
+    time.sleep(0.5)
+    assert ledger.leases.claim("demo", "second", 1) is not None
+    assert not ledger.leases.renew(first, 1)
+
+
+def test_the_first_verdict_of_a_merge_stands(ledger):
+    lease = ledger.leases.claim("demo", "me", 60)
+    enrol(ledger, 1)
+    expert = ledger.experts("demo")[0]
+    rejected = Verdict(Outcome.REJECTED)
+    first = ledger.record_verdict(lease, Merge("k", "demo", expert.id, 1, rejected))
+    second = ledger.record_verdict(lease, Merge("k", "demo", expert.id, 1, PASSED))
+    assert first.verdict == second.verdict == rejected
+    assert len(ledger.merges("demo")) == 1
+
+
+def test_the_database_itself_refuses_a_second_fold_of_the_same_weights(ledger):
+    lease = fold_three(ledger)
+    enrol(ledger, 4)
+    fourth = ledger.experts("demo", ExpertState.PENDING)[0]
+    assert ledger.note_digest(lease, fourth, "digest 2").version == 2
+    with pytest.raises(database.IntegrityError, match="UNIQUE"):
+        promote(ledger, lease, "k5", fourth, 4, 5)
+    assert ledger.line("demo").champion == 4
+
+
+def test_a_line_never_changes_its_base(ledger):
+    assert ledger.add_line("demo", "b" * 64).name == "demo"
+    with pytest.raises(FoldinError, match=r"E_BASE line demo: .*another base.*bbbbbbbbbbbb.*cccccccccccc"):
+        ledger.add_line("demo", "c" * 64)
+
+
+def test_an_unknown_line_is_named_with_those_there_are(ledger):
+    with pytest.raises(FoldinError, match=r"E_LINE line prod: .*one of demo.*foldin init prod"):
+        ledger.line("prod")
+
+
+def test_blocking_is_an_event_and_blocking_twice_is_one(ledger):
+    lease = ledger.leases.claim("demo", "me", 60)
+    for because in ("the alias was moved", "the alias was moved", ""):
+        ledger.block(lease, because)
+    assert [event.kind for event in ledger.events("demo")] == ["blocked", "unblocked"]
+    assert ledger.line("demo").blocked == ""
+
+
+def test_a_locked_ledger_is_a_typed_error_after_its_patience(tmp_path):
+    path = tmp_path / "ledger.db"
+    ledger = Ledger(f"sqlite:///{path}", patience=0.2)
+    ledger.add_line("demo", "b" * 64)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(FoldinError, match=r"E_LOCKED .*locked by another process.*foldin doctor"):
+        ledger.line("demo")
+    other.execute("ROLLBACK")
+    assert ledger.line("demo").name == "demo"
+    other.close()
+    ledger.close()
+
+
+def test_a_damaged_ledger_is_a_typed_error(tmp_path):
+    (tmp_path / "ledger.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(FoldinError, match=r"E_LEDGER .*cannot be used.*not a database"):
+        Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+
+
+def test_two_processes_worth_of_ledgers_open_a_new_database_at_once(tmp_path):
+    url, opened, errors = f"sqlite:///{tmp_path / 'ledger.db'}", [], []
+
+    def open_one():
+        try:
+            opened.append(Ledger(url))
+        except FoldinError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=open_one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(opened) == 4
+    for ledger in opened:
+        ledger.close()
+
+
+def test_the_newest_migration_is_the_one_the_code_expects_and_makes_the_tables_it_describes(tmp_path):
+    from alembic.autogenerate import compare_metadata
+    from alembic.config import Config
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    from registry.schema import metadata
+
+    config = Config()
+    config.set_main_option("script_location", str(database.MIGRATIONS))
+    assert ScriptDirectory.from_config(config).get_current_head() == database.HEAD
+    engine = database.connect(f"sqlite:///{tmp_path / 'ledger.db'}")
+    with engine.begin() as connection:
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == database.HEAD
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
