@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,11 +107,11 @@ def score_from(table: Mapping[str, object]) -> TaskScore:
 def _measure(
     settings: LineConfig, base: Version, subject: Subject, tasks: Mapping[str, Task], progress: Progress
 ) -> dict[str, TaskScore]:
-    from evaluation.score import anchors, score_all
+    from evaluation.score import score_all
 
     suites = {name: task.suite for name, task in tasks.items()}
     frozen = {
-        name: anchors(base.folder, base.weights(), suite, settings.device)
+        name: _anchors(base.folder, suite, settings.device)
         for name, suite in suites.items()
         if suite.kind == "zero-shot-text"
     }
@@ -124,6 +125,15 @@ def _measure(
         device=settings.device,
         progress=progress,
     )
+
+
+@lru_cache(maxsize=256)
+def _anchors(base: Path, suite: "Suite", device: str) -> "Tensor":
+    """The base's prompt embeddings of one suite: the same for every model of the line, so computed once a process."""
+    from evaluation.score import anchors
+    from registry.weights import Checkpoint
+
+    return anchors(base, Checkpoint.open(base, "base"), suite, device)
 
 
 def _task(suite: "Suite", folder: Path) -> Task:
