@@ -1,19 +1,35 @@
 """What keeps running: the deployments of every line, and the pages to look at."""
 
+import os
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from flows import wiring
 from flows.config import Config
 from flows.telling import say
 from registry.records import FoldinError, Refusal
+
+HOST = "127.0.0.1"
+PATIENCE = 120.0  # seconds a server may take to start; migrating an empty database on a busy machine takes 30
+TEMPORARY = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
+
+
+class Page(NamedTuple):
+    """One server that is to run."""
+
+    name: str  # "Prefect"
+    port: int
+    option: str  # of the command line, that chooses another port; "" when the port is any free one
+    health: str  # path that answers once the server is up
 
 
 def deployments(config: Config, config_file: str) -> list[Any]:
@@ -40,67 +56,131 @@ def deployments(config: Config, config_file: str) -> list[Any]:
 
 def serve(config: Config, config_file: str, limit: int) -> None:
     """Keep the deployments of every line running until interrupted; `limit` flow runs at a time."""
-    import prefect
-
     with prefect_server(config):
+        import prefect  # now: it reads PREFECT_API_URL when it is imported
+
         prefect.serve(*deployments(config, config_file), limit=limit)
 
 
 @contextmanager
 def prefect_server(config: Config, port: int = 4200) -> Iterator[str]:
-    """The URL of the Prefect API: the one that PREFECT_API_URL names, else a server of our own while the block runs."""
-    named = wiring.prefect_api_url()
-    if named:
-        yield named
-        return
-    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        wiring.use_prefect_api(url)
-        _wait_for(url, server)
-        say(f"Prefect: http://127.0.0.1:{port}")
+    """The URL of the Prefect API: the one that PREFECT_API_URL names, else a server of our own while the block runs.
+
+    Raises:
+        FoldinError: E_SERVER when the port is taken or the server does not start.
+    """
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    with _prefect(config, Page("Prefect", port, "--prefect-port", "/api/health"), command, {}) as url:
+        say(f"Prefect: {url.removesuffix('/api')}")
         yield url
-    finally:
-        server.terminate()
-        server.wait()
+
+
+@contextmanager
+def temporary_prefect(config: Config) -> Iterator[str]:
+    """As `prefect_server`, without pages and schedules: for the flow runs of this process, on any free port.
+
+    It is what Prefect starts when no API is named, but ends with this process even when that is killed. Enter it before
+    prefect is imported.
+    """
+    page = Page("Prefect (temporary)", _free_port(), "", "/api/health")
+    app = ["--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error"]
+    command = [sys.executable, "-m", "uvicorn", *app, "--host", HOST, "--port", str(page.port)]
+    with _prefect(config, page, command, TEMPORARY) as url:
+        yield url
 
 
 @contextmanager
 def mlflow_server(config: Config, port: int = 5000) -> Iterator[str]:
-    """The URL of MLflow's pages: the configured server's, else one of our own on the embedded database."""
+    """The URL of MLflow's pages: the configured server's, else one of our own on the embedded database.
+
+    Raises:
+        FoldinError: E_SERVER when the port is taken or the server does not start.
+    """
     uri = wiring.tracking_uri(config)
     if uri.startswith("http"):
         yield uri
         return
     root = wiring.artifact_root(config)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
-    command += ["--default-artifact-root", root] if root else []
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
+    command += ["--host", HOST, "--port", str(port), *(["--default-artifact-root", root] if root else [])]
+    with _running(config, Page("MLflow", port, "--mlflow-port", "/health"), command, {}) as url:
+        say(f"MLflow:  {url}")
+        yield url
+
+
+@contextmanager
+def _prefect(config: Config, page: Page, command: list[str], environment: Mapping[str, str]) -> Iterator[str]:
+    """The API that PREFECT_API_URL names, or that of a new server, named there while the block runs."""
+    named = wiring.prefect_api_url()
+    if named:
+        yield named
+        return
+    with _running(config, page, command, environment) as url:
+        wiring.use_prefect_api(f"{url}/api")
+        try:
+            yield f"{url}/api"
+        finally:
+            os.environ.pop("PREFECT_API_URL", None)
+
+
+@contextmanager
+def _running(config: Config, page: Page, command: list[str], environment: Mapping[str, str]) -> Iterator[str]:
+    """The URL of a server that answers; it ends with the block, or with this process, however that ends."""
+    _check_free(page)
+    config.home.mkdir(parents=True, exist_ok=True)
+    log = config.home / f"{page.name.split()[0].lower()}-server.log"
+    with open(log, "ab") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "flows.tether", *command],
+            cwd=config.home,  # MLflow makes folders where it is started
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # who kills our process group must not kill the one that ends the server
+        )
+    assert server.stdin is not None
     try:
-        _wait_for(f"http://127.0.0.1:{port}", server)
-        say(f"MLflow:  http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
+        url = f"http://{HOST}:{page.port}"
+        _wait_for(page, f"{url}{page.health}", server, log)
+        yield url
     finally:
-        server.terminate()
+        server.stdin.close()
         server.wait()
 
 
-def _wait_for(url: str, server: "subprocess.Popen[bytes]", seconds: float = 120.0) -> None:
-    """Until something answers at the URL.
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
 
-    Raises:
-        FoldinError: E_SERVER when the server ended or stayed silent.
-    """
-    health = f"{url}/health"
-    patience = time.monotonic() + seconds
+
+def _check_free(page: Page) -> None:
+    """Nothing, when the port is free. Whoever else listens there would be taken for the new server."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, page.port))
+        except OSError as error:
+            raise FoldinError(_refused(page, "the port is taken", "a free port", error.strerror or "")) from error
+
+
+def _wait_for(page: Page, health: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Until the server answers, or E_SERVER when it ended or stayed silent."""
+    patience = time.monotonic() + PATIENCE
     while server.poll() is None and time.monotonic() < patience:
         try:
             with urllib.request.urlopen(health, timeout=5):
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.5)
-    found = f"exit status {server.returncode}" if server.poll() is not None else f"no answer in {seconds:.0f} s"
-    raise FoldinError(
-        Refusal("E_SERVER", "the server did not start", url, found=found, remedy="see whether the port is free")
-    )
+            time.sleep(0.1)
+    ended = f"exit status {server.returncode}" if server.poll() is not None else f"no answer in {PATIENCE:.0f} s"
+    raise FoldinError(_refused(page, "the server did not start", "", f"{ended}; its words are in {log}"))
+
+
+def _refused(page: Page, what: str, expected: str, found: str) -> Refusal:
+    where = f"{page.name} at {HOST}:{page.port}"
+    remedy = f"choose another port with {page.option}" if page.option else "read the log, then run again"
+    if page.name == "Prefect":
+        remedy += f", or use the server that runs there: PREFECT_API_URL=http://{HOST}:{page.port}/api"
+    return Refusal("E_SERVER", what, where, "", "", expected, found, remedy)

@@ -96,6 +96,7 @@ class Ledger:
         """Put a registered expert at the end of the queue; False when it is there already."""
         try:
             with database.transaction(self._engine) as tx:
+                tx.execute(select(lines.c.name).where(lines.c.name == line).with_for_update())  # one seq at a time
                 last = tx.execute(select(func.max(experts.c.seq)).where(experts.c.line == line)).scalar()
                 tx.execute(
                     insert(experts).values(

