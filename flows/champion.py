@@ -14,13 +14,22 @@ def follow(house: House, lease: Lease, move: Event) -> None:
     """Bring the alias to the target of a move that the ledger holds, and note that it was seen there.
 
     MLflow cannot check the fence. A run that is paused between this check and the call may still move the alias late,
-    to a version that passed; the next `reconcile` sees it and puts it back.
+    to a version that passed. It puts it back itself; when it dies before, the next `reconcile` does.
+
+    Raises:
+        FoldinError: E_FENCED when the line was taken over; the alias then stands where the ledger says.
     """
     assert move.target is not None
     with house.ledger.leases.fenced(lease):
         pass
     house.mlflow.point_champion(lease.line, move.target)
-    house.ledger.confirm(lease, move)
+    try:
+        house.ledger.confirm(lease, move)
+    except FoldinError as error:
+        champion = house.ledger.line(lease.line).champion
+        if error.refusal.code == "E_FENCED" and champion not in (None, move.target):
+            house.mlflow.point_champion(lease.line, champion)
+        raise
 
 
 def roll_back(house: House, lease: Lease, target: int, because: str, who: str) -> Event:

@@ -57,6 +57,7 @@ def init(options: dict[str, Any], line: str, base: Path | None, experts: tuple[s
 
     write_line(options["config_file"], line, base.absolute() if base else None, list(experts), method)
     house = _house(options)
+    _busy("registering the base")
     from flows.starting import start
 
     version = start(house, line, house.config.line(line))
@@ -100,13 +101,25 @@ def serve(options: dict[str, Any], limit: int) -> None:
 @click.pass_obj
 def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
     """Look once: adopt moves of the alias, enrol new experts, fold everything that waits. All lines by default."""
-    config = _prepared(options)
-    from flows.watch import watch as look
+    from registry.records import FoldinError
 
+    config = _prepared(options)
     names = [line] if line else sorted(config.lines)
     for name in names:
         config.line(name)
-    outcomes = [outcome for name in names for outcome in look(name, str(options["config_file"]))]
+    _busy("starting Prefect")
+    from flows.watch import watch as look
+
+    outcomes, errors = [], []
+    for name in names:
+        try:
+            outcomes += look(name, str(options["config_file"]))
+        except FoldinError as error:  # one line's trouble is not the others'
+            errors.append(error)
+    for other in errors[1:]:
+        _say(f"error: {other}")
+    if errors:
+        raise errors[0]
     _finish(outcomes, as_json)
 
 
@@ -117,6 +130,7 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
 def merge(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
     """Fold the next expert that waits in LINE, and no more."""
     _prepared(options).line(line)
+    _busy("starting Prefect")
     from flows.merge import merge_expert
 
     outcome = merge_expert(line, str(options["config_file"]))
@@ -187,6 +201,7 @@ def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -
     import getpass
 
     _prepared(options).line(line)
+    _busy("starting Prefect")
     from flows.rollback import rollback as roll_back
 
     moved = roll_back(line, because, to, getpass.getuser(), str(options["config_file"]))
@@ -289,7 +304,15 @@ def _finish(outcomes: list[dict[str, Any]], as_json: bool) -> NoReturn:
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    from flows.telling import say
+
+    say(text)
+
+
+def _busy(text: str) -> None:
+    from flows.telling import busy
+
+    busy(text)
 
 
 def _fail(text: str, code: int) -> NoReturn:

@@ -19,10 +19,11 @@ def held(
         house: whose ledger holds the lease.
         line: name of the line.
         seize: take the line from a living holder too, who then can write nothing more (a rollback does).
-        told: hears once whom the line waits for.
+        told: hears once of every holder that is waited for.
 
     Raises:
-        FoldinError: E_LOCKED when a living holder kept the line for three lease times.
+        FoldinError: E_LOCKED when a living holder kept the line for three lease times; E_FENCED, instead of whatever
+            failed in the block, when the line was taken over meanwhile.
     """
     seconds = house.config.registry.lease_seconds
     lease = _seize(house, line, seconds) if seize else _wait(house, line, seconds, told)
@@ -31,6 +32,10 @@ def held(
     keeper.start()
     try:
         yield lease
+    except (FoldinError, OSError, RuntimeError, ValueError):
+        # Who took over also removed the scratch folder: what fails after that fails for this reason alone.
+        with house.ledger.leases.fenced(lease):
+            raise
     finally:
         stop.set()
         keeper.join()
@@ -39,7 +44,7 @@ def held(
 
 def _wait(house: House, line: str, seconds: float, told: Callable[[str], None]) -> Lease:
     me, leases = holder(), house.ledger.leases
-    patience = time.monotonic() + 3 * seconds
+    patience, waited_for = time.monotonic() + 3 * seconds, ""
     while True:
         lease = leases.claim(line, me, seconds)
         seen = leases.holder(line)
@@ -57,7 +62,9 @@ def _wait(house: House, line: str, seconds: float, told: Callable[[str], None]) 
                     remedy="wait until it is done; `foldin status` shows what it does",
                 )
             )
-        told(f"line {line} is held by {seen.holder}; waiting")
+        if seen.holder and seen.holder != waited_for:
+            told(f"line {line} is held by {seen.holder}; waiting")
+            waited_for = seen.holder
         time.sleep(min(1.0, seconds / 10))
 
 

@@ -132,7 +132,6 @@ def _running(config: Config, page: Page, command: list[str], environment: Mappin
     with open(log, "ab") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "flows.tether", *command],
-            cwd=config.home,  # MLflow makes folders where it is started
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=output,

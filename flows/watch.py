@@ -1,5 +1,6 @@
 """The flows that find what waits: look at MLflow, agree with the ledger, fold everything pending in order."""
 
+import shutil
 from typing import Any
 from uuid import UUID
 
@@ -12,8 +13,8 @@ from flows.leasing import held
 from flows.merge import MAX_ATTEMPTS, merge_expert
 from flows.starting import start
 from flows.telling import say
-from flows.wiring import house
-from registry.records import ExpertState
+from flows.wiring import House, house
+from registry.records import ExpertState, Lease
 
 
 @flow(name="watch", flow_run_name="watch {line}", persist_result=False)
@@ -25,7 +26,14 @@ def watch(line: str, config_file: str = "foldin.toml") -> list[dict[str, Any]]:
     with held(at, line, told=say) as lease:
         free = reconcile(at, lease, say)
         discover(at, lease, settings)
+        tidy(at, lease)
     return fold_pending(line, config_file) if free else []
+
+
+def tidy(house: House, lease: Lease) -> None:
+    """Empty the line's scratch folder when nothing waits: a run that died after its last commit left its candidate."""
+    if not house.ledger.experts(lease.line, ExpertState.PENDING):
+        shutil.rmtree(house.work(lease.line), ignore_errors=True)
 
 
 @flow(name="nightly", flow_run_name="nightly {line}", persist_result=False)

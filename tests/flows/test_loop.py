@@ -1,6 +1,9 @@
 """The loop in one process: experts registered by a plain MLflow client, folded by real Prefect flow runs."""
 
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -289,3 +292,38 @@ def test_a_half_precision_expert_is_folded_and_its_precision_is_remembered(at, z
     register(at, half, "task-1")
     assert [each["state"] for each in look(at)] == ["folded"]
     assert open_version(at, "tiny", 2).memory.stored == "BF16"
+
+
+LOAD = """
+import sys
+# An editable install is found by a finder of its own; without it and the working folder there is no foldin.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path = [entry for entry in sys.path if entry and "__editable__" not in entry]
+for name in ("flows", "merging", "evaluation", "registry"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(f"{name} can be imported, so this shows nothing")
+import mlflow
+from transformers import AutoModel
+mlflow.set_tracking_uri(sys.argv[1])
+model = AutoModel.from_pretrained(mlflow.artifacts.download_artifacts("models:/tiny@champion"))
+print(repr(float(model.pooler.dense.weight.double().sum())))
+"""
+
+
+def test_the_champion_loads_with_transformers_where_foldin_cannot_be_imported(at, zoo, tmp_path):
+    register(at, zoo / "expert-1", "task-1")
+    look(at)
+    found = subprocess.run(
+        [sys.executable, "-c", LOAD, tracking_uri(at.config)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    assert found.returncode == 0, found.stderr
+    served = open_version(at, "tiny", 2).weights()
+    assert float(found.stdout) == float(served["pooler.dense.weight"].double().sum())
