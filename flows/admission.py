@@ -1,7 +1,7 @@
 """May this expert be folded into this line? From the registry's version to verified tensors, or to a refusal."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ from flows.config import LineConfig
 from flows.versions import Version
 from flows.wiring import House
 from registry import intake
-from registry.files import read_json
+from registry.files import read_json, shown
 from registry.records import Expert, ExpertVersion, FoldinError, Refusal
 
 if TYPE_CHECKING:
@@ -45,31 +45,39 @@ def admit(
 ) -> Admitted | Refusal:
     """The expert, ready to be folded; or why it may not be.
 
-    Errors that are not the expert's (MLflow or the ledger out of reach, a full disk) are raised.
+    Errors that are not the expert's (MLflow or the ledger out of reach, a full disk, a broken suite of the line's own)
+    are raised.
     """
     where = f"expert {expert.name}"
+    task = declared_task(found)
+    own = None
+    if task in settings.suites:
+        own = suite_of(settings, task, house.experts, f"suite of task {task} in [lines.{expert.line}.suites]")
     try:
-        task = declared_task(found)
         refusal = _check_tags(base, found, task, where)
         if refusal:
             return refusal
         files = intake.admit(house.mlflow.fetch(found), house.experts, where)
         if isinstance(files, Refusal):
             raise FoldinError(files)
-        return _read(settings, base, task, files, where)
+        return _read(base, task, files, own, where)
     except FoldinError as error:
         if error.refusal.code in TRANSIENT:
             raise
-        return error.refusal
+        remedy = error.refusal.remedy or "correct it and register the result as a new version"
+        return replace(error.refusal, remedy=remedy)
 
 
-# Not the expert's fault: it stays pending, and the run ends with the error.
-TRANSIENT = frozenset({"E_MLFLOW", "E_LEDGER", "E_LOCKED", "E_DISK", "E_FENCED", "E_ALIAS", "E_METHOD"})
+# Not the expert's fault: it stays pending, and the run ends with the error. E_DIGEST is damage in foldin's own folders.
+TRANSIENT = frozenset({"E_MLFLOW", "E_LEDGER", "E_LOCKED", "E_DISK", "E_DIGEST", "E_FENCED", "E_ALIAS", "E_METHOD"})
 
 
 def declared_task(found: ExpertVersion) -> str:
-    """The task an expert declares; "" when it declares none."""
-    return found.tags.get("foldin.task", "").strip()
+    """The task an expert declares, fit to be printed; "" when it declares none.
+
+    A tag is a stranger's text and goes into logs and terminals before it is judged. Escaped, it can pass for no other.
+    """
+    return shown(found.tags.get("foldin.task", "").strip())
 
 
 def suite_of(settings: LineConfig, task: str, folder: Path, where: str) -> "Suite":
@@ -95,7 +103,7 @@ def _check_tags(base: Version, found: ExpertVersion, task: str, where: str) -> R
             what="the task's name is not plain",
             where=where,
             expected="letters, digits, '.', '_' and '-', at most 64",
-            found=ascii(task[:80]),
+            found=task,
             remedy="register it again with a plain foldin.task",
         )
     if found.status not in {"READY", "LoggedModelStatus.READY"}:
@@ -118,8 +126,9 @@ def base_digests(base: Version) -> list[str]:
     return [base.memory.base_sha256, *(weights if len(weights) == 1 else [])]
 
 
-def _read(settings: LineConfig, base: Version, task: str, files: intake.Admitted, where: str) -> Admitted | Refusal:
+def _read(base: Version, task: str, files: intake.Admitted, own: "Suite | None", where: str) -> Admitted | Refusal:
     from evaluation import models
+    from evaluation.suites import load_suite
     from registry.weights import Checkpoint, content_sha256
 
     differs = intake.architecture_differs(
@@ -130,7 +139,7 @@ def _read(settings: LineConfig, base: Version, task: str, files: intake.Admitted
         return Refusal(
             "E_SCHEMA", f"config.json has another {field}", where, "config.json", "", expected, got, _retrain(base)
         )
-    suite = suite_of(settings, task, files.folder, where)
+    suite = own or load_suite(files.folder, task=task, where=where)
     whole = Checkpoint.open(files.folder, where)
     weights = base.weights()
     body = _aligned(whole, weights, models.base_prefix(base.folder, list(weights)))

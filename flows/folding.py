@@ -3,6 +3,7 @@
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -194,6 +195,22 @@ def _slots(
         yield key, state[slot]
 
 
+@contextmanager
+def _blamed(name: str) -> Iterator[None]:
+    """What cannot be folded is said with the tensor's name, and is the expert's fault."""
+    from merging import MergeError
+
+    try:
+        yield
+    except MergeError as error:
+        raise FoldinError(_unfoldable(name, "the tensor cannot be folded", str(error))) from error
+
+
+def _unfoldable(name: str, what: str, found: str) -> Refusal:
+    remedy = "look at the expert's training; its change of this tensor is too large to be merged"
+    return Refusal("E_FOLD", what, "", "", name, "finite values", found, remedy)
+
+
 def _slot_specs(plan: _Plan) -> "dict[str, TensorSpec]":
     import torch
 
@@ -209,6 +226,7 @@ def _slot_specs(plan: _Plan) -> "dict[str, TensorSpec]":
 
 def _materialise(folder: Path, plan: _Plan, stats: "Stats", progress: Progress) -> str:
     """Second pass: base and new slots in, the serving checkpoint out, in the base's dtypes and shards; its digest."""
+    from merging.check import check_finite
     from merging.fold import read_tensor
     from registry.weights import Checkpoint, write_checkpoint
 
@@ -222,7 +240,11 @@ def _materialise(folder: Path, plan: _Plan, stats: "Stats", progress: Progress) 
         done += 1
         progress(done, len(plan.names) + len(plan.base))
         base = plan.base[name].to(plan.device)
-        return read_tensor(plan.method, base, plan.state(slots, name), stats)
+        merged = read_tensor(plan.method, base, plan.state(slots, name), stats)
+        found = check_finite(name, merged)  # the cast to the base's dtype can overflow
+        if found:
+            raise FoldinError(_unfoldable(name, "the merged tensor is not finite", found.found))
+        return merged
 
     return write_checkpoint(folder, plan.base.specs, serving, layout=plan.base.layout).sha256
 

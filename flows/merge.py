@@ -9,7 +9,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import showing
-from flows.admission import TRANSIENT, Admitted, admit, declared_task
+from flows.admission import Admitted, admit, declared_task
 from flows.champion import follow, reconcile
 from flows.config import LineConfig
 from flows.folding import Candidate, fold
@@ -70,7 +70,8 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
         try:
             return fold_expert(at, settings, lease, waiting[0])
         except FoldinError as error:
-            if error.refusal.code in TRANSIENT - {"E_FENCED"}:
+            # What is the expert's fault is a refusal by now; this is not, so it does not count against the expert.
+            if error.refusal.code != "E_FENCED":
                 at.ledger.clear_attempts(lease, waiting[0])
             raise
 
@@ -93,6 +94,8 @@ def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -
     if isinstance(admitted, Refusal):
         return settle(at, lease, expert, ExpertState.QUARANTINED, admitted.code, str(admitted))
     candidate = fold_tensors(work, admitted)
+    if isinstance(candidate, Refusal):
+        return settle(at, lease, expert, ExpertState.QUARANTINED, candidate.code, str(candidate))
     scores = score_models(work, admitted, candidate)
     verdict = judge(work, scores)
     return conclude(work, admitted, candidate, scores, verdict)
@@ -133,15 +136,20 @@ def admit_expert(work: Work) -> Admitted | Refusal:
 
 
 @task(name="fold", **POLICY)
-def fold_tensors(work: Work, admitted: Admitted) -> Candidate:
-    """The candidate, folded tensor by tensor; what merges that never ended left behind is removed first."""
+def fold_tensors(work: Work, admitted: Admitted) -> Candidate | Refusal:
+    """The candidate, folded tensor by tensor, or why that cannot be; what earlier merges left behind is removed."""
     scratch = work.house.work(work.lease.line) / work.key(admitted)
     for folder in scratch.parent.glob("*"):
         if folder != scratch:
             shutil.rmtree(folder)
     name = (work.expert.model, work.expert.version)
-    with bar(f"folding {work.expert.name}") as progress:
-        return fold(scratch, work.settings, work.base, work.parent, admitted, name, progress)
+    try:
+        with bar(f"folding {work.expert.name}") as progress:
+            return fold(scratch, work.settings, work.base, work.parent, admitted, name, progress)
+    except FoldinError as error:
+        if error.refusal.code != "E_FOLD":
+            raise
+        return replace(error.refusal, where=f"expert {work.expert.name}")
 
 
 @task(name="score", **POLICY)

@@ -1,17 +1,22 @@
-"""The reading verbs' answers as tables and trees on stdout."""
+"""The reading verbs' answers as tables and trees on stdout.
+
+Names and reasons are strangers' words: they go into `Text`, which knows no markup, after `clean`, which leaves nothing
+that a terminal would obey.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from evaluation.escape import clean
 
 STYLES = {"folded": "green", "rejected": "red", "quarantined": "red", "pending": "yellow", "rolled-back": "yellow"}
+LONG = 100_000  # characters; what foldin itself wrote is not cut
 
 
 def console() -> Console:
@@ -30,77 +35,79 @@ def print_status(lines: Sequence[Mapping[str, Any]]) -> None:
         states = ("pending", "folded", "rejected", "quarantined", "withdrawn", "rolled-back")
         now = "BLOCKED" if line["blocked"] else ("working" if line["working"] else "idle")
         champion = f"v{line['champion']}" if line["champion"] else "none"
-        table.add_row(clean(line["line"]), champion, *(str(counts[state]) for state in states), now)
+        table.add_row(_text(line["line"]), champion, *(str(counts[state]) for state in states), now)
     console().print(table)
     for line in lines:
         if line["blocked"]:
-            console().print(f"{clean(line['line'])} is blocked: {clean(line['blocked'], 1000)}", markup=False)
+            console().print(_text(f"{clean(line['line'])} is blocked: {line['blocked']}", 1000))
 
 
 def print_log(facts: Mapping[str, Any]) -> None:
     """The tree of versions; then the experts that are in none of them, and the moves of the champion."""
-    if facts["tree"]:
+    if facts["versions"]:
         console().print(lineage_tree(facts))
     outside = [each for each in facts["experts"] if each["state"] not in ("folded", "rolled-back")]
     if outside:
         table = _table("expert", "task", "state", "why")
         for each in outside:
-            table.add_row(
-                clean(each["name"]), clean(each["task"]), _coloured(each["state"]), escape(_brief(each["reason"]))
-            )
+            state = Text(each["state"], style=STYLES.get(each["state"], "default"))
+            table.add_row(_text(each["name"]), _text(each["task"]), state, _text(each["reason"], 240))
         console().print(table)
     moves = _table("when", "what", "champion", "who", "because")
     for event in facts["events"]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at"]))
         move = f"{event['from'] or '-'} -> {event['to']}" if event["to"] else ""
-        moves.add_row(when, event["kind"], move, clean(event["who"]), escape(_brief(event["because"])))
+        moves.add_row(when, event["kind"], move, _text(event["who"]), _text(event["because"], 240))
     console().print(moves)
 
 
 def lineage_tree(facts: Mapping[str, Any]) -> Tree:
-    """The versions of a line from its base, the champion marked, what is not in it dimmed."""
+    """The versions of a line from its base, the champion marked, what is not in it dimmed.
 
-    def label(node: Mapping[str, Any]) -> str:
-        text = f"v{node['version']}  " + (
-            f"+ {clean(node['task'])}  ({clean(node['expert'])})" if node["expert"] else "base"
-        )
-        text = escape(text)
-        if node["version"] == facts["champion"]:
-            return f"[bold green]{text}  <- champion[/]"
-        return text if node["in_champion"] else f"[dim]{text}  not in the champion[/]"
+    The way to the champion runs straight down: 200 folds must not run off the page. At a fork the branches that were
+    left come first, one step in; the parent of a version is the one before it at its own depth, or the one it hangs on.
+    """
+    nodes = {node["version"]: node for node in facts["versions"]}
+    whole = Tree(Text(clean(facts["line"]), style="bold"))
+    open_ends = [(facts["versions"][0], whole)] if nodes else []
+    while open_ends:
+        node, level = open_ends.pop()
+        here = level.add(_label(node, facts["champion"]))
+        *left, straight = sorted((nodes[each] for each in node["children"]), key=_on_the_way) or [None]
+        open_ends += [(straight, level)] if straight else []
+        open_ends += [(branch, here) for branch in reversed(left)]
+    return whole
 
-    def grow(tree: Tree, node: Mapping[str, Any]) -> None:
-        # A chain is drawn straight down, only a fork is indented: 200 folds must not run off the page.
-        children = node["children"]
-        for child in children:
-            branch = tree if len(children) == 1 else tree.add(label(child))
-            if len(children) == 1:
-                tree.add(label(child))
-            grow(branch, child)
 
-    tree = Tree(f"[bold]{escape(clean(facts['line']))}[/]")
-    tree.add(label(facts["tree"]))
-    grow(tree, facts["tree"])
-    return tree
+def _on_the_way(node: Mapping[str, Any]) -> bool:
+    return bool(node["in_champion"])
+
+
+def _label(node: Mapping[str, Any], champion: int | None) -> Text:
+    content = f"+ {clean(node['task'])}  ({clean(node['expert'])})" if node["expert"] else "base"
+    text = f"v{node['version']}  {content}"
+    if node["version"] == champion:
+        return Text(f"{text}  <- champion", style="bold green")
+    return Text(text) if node["in_champion"] else Text(f"{text}  not in the champion", style="dim")
 
 
 def print_show(facts: Mapping[str, Any]) -> None:
     """One version: what is in it, how it was judged, how good it is."""
-    title = f"{clean(facts['line'])} v{facts['version']}"
-    table = _table("", title)
+    table = _table("", f"{facts['line']} v{facts['version']}")
     parameters = ", ".join(f"{key} = {value}" for key, value in facts["parameters"].items()) or "defaults"
+    experts = [clean(f"{e['model']} v{e['version']}  ({e['task']})") for e in facts["experts"]]
     rows = {
-        "parents": " <- ".join(f"v{parent}" for parent in facts["parents"]) or "none: this is the base",
-        "experts": "\n".join(f"{e['model']} v{e['version']}  ({e['task']})" for e in facts["experts"]) or "none",
-        "method": f"{facts['method']} ({parameters})",
+        "parents": clean(" <- ".join(f"v{parent}" for parent in facts["parents"]), LONG) or "none: this is the base",
+        "experts": "\n".join(experts) or "none",
+        "method": clean(f"{facts['method']} ({parameters})", LONG),
         "weights": facts["weights_sha256"],
         "base": facts["base_sha256"],
         "manifest": facts["manifest_sha256"],
         "verdict": facts["verdict"],
-        "report": facts["report"],
+        "report": clean(facts["report"], LONG),
     }
     for key, value in rows.items():
-        table.add_row(key, escape(str(value)))
+        table.add_row(key, Text(value))
     console().print(table)
     if facts["checks"]:
         print_checks(facts["checks"])
@@ -111,17 +118,17 @@ def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
     """The gate's answers, rule by rule."""
     table = _table("", "rule", "why")
     for check in checks:
-        mark = "[green]passed[/]" if check["passed"] else "[red]FAILED[/]"
-        table.add_row(mark, check["rule"], escape(clean(check["text"], 200)))
+        mark = Text("passed", style="green") if check["passed"] else Text("FAILED", style="red")
+        table.add_row(mark, check["rule"], _text(check["text"], 200))
     console().print(table)
 
 
-def print_accuracy(accuracy: Mapping[str, float]) -> None:
-    """Task and accuracy."""
+def print_accuracy(accuracy: Mapping[str, float | None]) -> None:
+    """Task and accuracy; None for what could not be measured."""
     if accuracy:
         table = _table("task", "accuracy")
         for task, value in accuracy.items():
-            table.add_row(clean(task), f"{value:.3f}")
+            table.add_row(_text(task), "not measured" if value is None else f"{value:.3f}")
         console().print(table)
 
 
@@ -132,20 +139,16 @@ def print_comparison(rows: Mapping[str, Mapping[str, float]], means: Mapping[str
     for column in table.columns[1:]:
         column.justify = "right"
     for title, row in rows.items():
-        table.add_row(title, *(f"{row[task]:.3f}" for task in tasks), f"{means[title]:.3f}")
+        table.add_row(_text(title), *(f"{row[task]:.3f}" for task in tasks), f"{means[title]:.3f}")
     console().print(table)
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(_text(column), overflow="fold")
     return table
 
 
-def _coloured(state: str) -> str:
-    return f"[{STYLES.get(state, 'default')}]{state}[/]"
-
-
-def _brief(text: str) -> str:
-    return clean(text, 240)
+def _text(words: str, limit: int = 120) -> Text:
+    return Text(clean(words, limit))

@@ -1,5 +1,6 @@
 """What the reading verbs answer, as plain facts: the same for people, for --json and for tests."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -7,7 +8,7 @@ from flows.versions import REPORT_FILE, chain, find_merge, open_version
 from flows.wiring import House, is_dead
 from registry.files import read_json
 from registry.lineage import Node, tree
-from registry.records import Event, Expert, ExpertState
+from registry.records import Event, Expert, ExpertState, FoldinError, Refusal
 
 
 def status(house: House, name: str) -> dict[str, Any]:
@@ -27,16 +28,14 @@ def status(house: House, name: str) -> dict[str, Any]:
 
 
 def log(house: House, name: str) -> dict[str, Any]:
-    """A line's history: the tree of its versions, the experts that are in none, the moves of the champion."""
+    """A line's history: its versions with their parents, base first; all its experts; the moves of the champion."""
     experts = house.ledger.experts(name)
-    merges = house.ledger.merges(name)
-    root = tree(merges, experts)
     champion = house.ledger.line(name).champion
     current = set(chain(house, name, champion)) if champion else set()
     return {
         "line": name,
         "champion": champion,
-        "tree": _node(root, current) if root else None,
+        "versions": [_node(node, current) for node in tree(house.ledger.merges(name), experts)],
         "experts": [expert_facts(each) for each in experts],
         "events": [event_facts(each) for each in house.ledger.events(name)],
     }
@@ -44,7 +43,7 @@ def log(house: House, name: str) -> dict[str, Any]:
 
 def show(house: House, name: str, number: int | None) -> dict[str, Any]:
     """One version: parents, experts in order, method, digests, verdict, accuracies; the champion when None."""
-    version = open_version(house, name, number or house.ledger.line(name).champion or 0)
+    version = open_version(house, name, _champion(house, name) if number is None else number)
     merge = find_merge(house, name, version.number)
     report = read_json(version.folder / REPORT_FILE)
     memory = version.memory
@@ -63,7 +62,7 @@ def show(house: House, name: str, number: int | None) -> dict[str, Any]:
         "profile": dict(memory.profile),
         "verdict": merge.verdict.outcome,
         "checks": [asdict(check) for check in merge.verdict.checks],
-        "accuracy": {task: score["value"] for task, score in report["report"]["scores"].items()},
+        "accuracy": {task: _measured(score["value"]) for task, score in report["report"]["scores"].items()},
         "summary": report["summary"],
         "folder": str(version.folder),
         "report": str(version.folder / "foldin/report.html"),
@@ -76,8 +75,8 @@ def score(house: House, name: str, number: int | None) -> dict[str, Any]:
     from flows.scoring import score as measure
 
     settings = house.config.line(name)
-    champion = house.ledger.line(name).champion or 0
-    version = open_version(house, name, number or champion)
+    champion = _champion(house, name)
+    version = open_version(house, name, champion if number is None else number)
     knows = open_version(house, name, champion)
     base = open_version(house, name, chain(house, name, version.number)[-1])
     tasks = known_tasks(house, settings, knows.memory, knows.folder)
@@ -86,7 +85,7 @@ def score(house: House, name: str, number: int | None) -> dict[str, Any]:
     return {
         "line": name,
         "version": version.number,
-        "accuracy": {task: found.value for task, found in scores.items()},
+        "accuracy": {task: _measured(found.value) for task, found in scores.items()},
         "errors": {task: found.error for task, found in scores.items() if found.error},
     }
 
@@ -112,8 +111,30 @@ def event_facts(event: Event) -> dict[str, Any]:
 def _node(node: Node, current: set[int]) -> dict[str, Any]:
     return {
         "version": node.version,
+        "parent": node.parent,
+        "children": list(node.children),
         "expert": node.expert.name if node.expert else None,
         "task": node.expert.task if node.expert else None,
         "in_champion": node.version in current,
-        "children": [_node(child, current) for child in node.children],
     }
+
+
+def _champion(house: House, name: str) -> int:
+    champion = house.ledger.line(name).champion
+    if champion is not None:
+        return champion
+    raise FoldinError(
+        Refusal(
+            code="E_LINE",
+            what="the line has no champion yet",
+            where=f"line {name}",
+            expected="a registered base",
+            found="a start that never ended",
+            remedy=f"end it with `foldin init {name}`",
+        )
+    )
+
+
+def _measured(value: float | None) -> float | None:
+    """What could not be measured is null: NaN is not JSON."""
+    return None if value is None or math.isnan(value) else value

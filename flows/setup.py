@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.config import Config, load
+from flows.admission import TASK
+from flows.config import Config, load, parse
 from registry.files import write_atomic
 from registry.records import FoldinError, Refusal
 
@@ -15,13 +16,16 @@ def write_line(config_file: Path, line: str, base: Path | None, experts: list[st
     """The configuration with a table for the line; what is in the file already, comments included, stays as it is.
 
     Raises:
-        FoldinError: E_CONFIG when the line is not in the file and no base was given, or is there with another base.
+        FoldinError: E_CONFIG when the line is not in the file and no base was given, is there with other settings, or
+            could not be used; E_BASE when there is no such folder. The file is then as it was.
     """
     import tomlkit
 
+    from flows.starting import check_settings
+
     config = load(config_file)
     if line in config.lines:
-        _check_same(config, line, base, config_file)
+        _check_same(config, line, base, experts, method)
         return config
     if base is None:
         raise FoldinError(
@@ -32,6 +36,18 @@ def write_line(config_file: Path, line: str, base: Path | None, experts: list[st
                 remedy=f"run `foldin init {line} --base DIR` with the folder of the base checkpoint",
             )
         )
+    if not (base / "config.json").is_file():
+        raise FoldinError(
+            Refusal(
+                code="E_BASE",
+                what="there is no checkpoint in this folder",
+                where=f"base of line {line}",
+                file="config.json",
+                expected="a folder with config.json and *.safetensors",
+                found=str(base),
+                remedy="give the folder that save_pretrained wrote with --base",
+            )
+        )
     document = tomlkit.parse(config_file.read_text(encoding="utf-8")) if config_file.exists() else tomlkit.document()
     lines = document.setdefault("lines", tomlkit.table(is_super_table=True))
     lines[line] = {
@@ -39,7 +55,9 @@ def write_line(config_file: Path, line: str, base: Path | None, experts: list[st
         "experts": experts or [f"{line}-experts"],
         **({"method": method} if method else {}),
     }
-    write_atomic(config_file, tomlkit.dumps(document).encode())
+    text = tomlkit.dumps(document)
+    check_settings(parse(text, config_file.absolute()).line(line), line)
+    write_atomic(config_file, text.encode())
     return load(config_file)
 
 
@@ -57,8 +75,10 @@ def add_expert(
         model: registered model, when the line watches several.
 
     Raises:
-        FoldinError: E_SOURCE for a folder or suite that is not there, E_LINE for a model that the line does not watch.
+        FoldinError: E_SOURCE for a folder or suite that is not there, E_LINE for a model that the line does not watch,
+            E_TASK for a task whose name intake would refuse, E_SUITE for a suite file of another name.
     """
+    _check_names(task, suite)
     watched = house.config.line(line).experts
     model = model or watched[0]
     if model not in watched:
@@ -82,16 +102,26 @@ def add_expert(
     return model, house.mlflow.register_expert(model, folder, extra, tags)
 
 
-def _check_same(config: Config, line: str, base: Path | None, config_file: Path) -> None:
-    configured = config.lines[line].base
-    if base is not None and config.path(configured) != base.resolve():
-        raise FoldinError(
-            Refusal(
-                code="E_CONFIG",
-                what=f"[lines.{line}] names another base",
-                where=str(config_file),
-                expected=configured,
-                found=str(base),
-                remedy="start a new line for the new base",
-            )
-        )
+def _check_names(task: str, suite: Path | None) -> None:
+    """What intake would refuse later is better refused before anything is uploaded."""
+    if not TASK.fullmatch(task):
+        expected, remedy = "letters, digits, '.', '_' and '-', at most 64", "give a plain --task"
+        raise FoldinError(Refusal("E_TASK", "the task's name is not plain", "", "", "", expected, ascii(task), remedy))
+    if suite is not None and suite.name != "suite.json":
+        what, remedy = "the suite has another file name", "rename it; its data lies beside it"
+        raise FoldinError(Refusal("E_SUITE", what, str(suite), "", "", "suite.json", suite.name, remedy))
+
+
+def _check_same(config: Config, line: str, base: Path | None, experts: list[str], method: str | None) -> None:
+    """Nothing, when what is asked for is what the file says; an option that is ignored would be a lie."""
+    settings = config.lines[line]
+    asked = {
+        "base": (str(config.path(settings.base)), str(base.resolve()) if base else ""),
+        "experts": (", ".join(settings.experts), ", ".join(experts)),
+        "method": (settings.method, method or ""),
+    }
+    for key, (there, given) in asked.items():
+        if given and given != there:
+            what, remedy = f"[lines.{line}] has another {key}", "correct it there while the line was never started"
+            where, remedy = str(config.folder / config.file), f"{remedy}, else start a new line"
+            raise FoldinError(Refusal("E_CONFIG", what, where, "", "", there, given, remedy))

@@ -1,8 +1,11 @@
 """The beginning of a line: its base, registered as version 1 and champion, so that everything after has a parent."""
 
+import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from difflib import get_close_matches
 from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from flows.champion import follow
 from flows.config import LineConfig
@@ -21,8 +24,10 @@ def start(house: House, line: str, settings: LineConfig) -> int:
     """The version that holds the base of a line, registered now or before.
 
     Raises:
-        FoldinError: E_BASE when the base is missing, is not a checkpoint, or has another digest than configured.
+        FoldinError: E_BASE when the base is missing, is not a checkpoint, or has another digest than configured;
+            before that, as `check_settings`.
     """
+    check_settings(settings, line)
     known = next((merge.version for merge in house.ledger.merges(line) if merge.version), None)
     if known is not None and house.ledger.line(line).champion is not None:
         return known
@@ -42,6 +47,72 @@ def start(house: House, line: str, settings: LineConfig) -> int:
         follow(house, lease, house.ledger.commit(lease, key, version, manifest))
         shutil.rmtree(scratch, ignore_errors=True)
     return version
+
+
+def check_settings(settings: LineConfig, line: str) -> None:
+    """Nothing, when a line's settings can be used. Asked before any work: a typing error must not cost an expert.
+
+    Raises:
+        FoldinError: E_CONFIG for a method, parameter, gate rule, schedule, timezone or device that cannot be used,
+            E_SUITE for a suite of the line's own that cannot be read; with the table, what was expected and found.
+    """
+    from evaluation.rules import rules_from
+    from evaluation.suites import load_suite
+    from merging import MergeError, build
+
+    where = f"[lines.{line}]"
+    try:
+        build(settings.method, settings.parameters)
+    except MergeError as error:
+        what, _, remedy = str(error).rpartition("; ")
+        raise _unusable(f"[lines.{line}] method", what or remedy, remedy=remedy.rstrip("?") if what else "") from error
+    try:
+        rules_from(settings.gate, f"[lines.{line}.gate]")
+        for task, folder in settings.suites.items():
+            load_suite(Path(folder), task=task, where=f"suite of task {task} in [lines.{line}.suites]")
+    except FoldinError as error:
+        raise FoldinError(replace(error.refusal, remedy=error.refusal.remedy or CORRECT)) from error
+    _check_schedule(settings, where)
+    _check_device(settings.device, where)
+
+
+CORRECT = "correct it in foldin.toml"
+
+
+def _check_schedule(settings: LineConfig, where: str) -> None:
+    """The timezone and the cron, by the words of the one who will read them: Prefect."""
+    from prefect.client.schemas.schedules import CronSchedule
+
+    try:
+        ZoneInfo(settings.timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:  # OSError: the name of a folder, such as America
+        near = get_close_matches(settings.timezone, available_timezones(), n=1)
+        remedy = f"did you mean {near[0]!r}" if near else ""
+        raise _unusable(
+            where, "the timezone is unknown", "a name such as Europe/Paris", settings.timezone, remedy
+        ) from error
+    try:
+        CronSchedule(cron=settings.schedule, timezone=settings.timezone)
+    except ValueError as error:
+        expected = "minute, hour, day, month, weekday, such as '0 2 * * *'"
+        raise _unusable(where, "the schedule is not a cron", expected, settings.schedule) from error
+
+
+def _check_device(device: str, where: str) -> None:
+    """A device that is here; an unknown one would fail at the first fold, after the expert was fetched and read."""
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise _unusable(where, "the device is unknown", "cpu, cuda or cuda:N", device)
+    here = torch.cuda.device_count()
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= here:
+        expected = f"one of cpu, {', '.join(f'cuda:{number}' for number in range(here))}" if here else "cpu"
+        raise _unusable(where, "this machine has no such device", expected, device)
+
+
+def _unusable(where: str, what: str, expected: str = "", found: str = "", remedy: str = "") -> FoldinError:
+    shown = repr(found) if found else ""
+    return FoldinError(Refusal("E_CONFIG", what, where, "", "", expected, shown, remedy or CORRECT))
 
 
 def _admit(house: House, line: str, settings: LineConfig) -> intake.Admitted:
@@ -78,7 +149,8 @@ def _digest(copy: intake.Admitted, line: str, settings: LineConfig) -> str:
     checkpoint = Checkpoint.open(copy.folder, where)
     digest, _ = content_sha256(checkpoint, visit=lambda name, tensor: wrong.append(check_finite(name, tensor)))
     for found in filter(None, wrong):
-        raise FoldinError(Refusal(found.code, found.what, where, "", found.tensor, found.expected, found.found))
+        remedy = f"give a base whose values are all finite in [lines.{line}]"
+        raise FoldinError(Refusal(found.code, found.what, where, "", found.tensor, found.expected, found.found, remedy))
     files = [sha for name, sha in copy.files_sha256.items() if name.endswith(".safetensors")]
     accepted = [digest, *(files if len(files) == 1 else [])]
     if settings.base_sha256 and settings.base_sha256 not in accepted:

@@ -1,4 +1,4 @@
-"""The tree of a line's versions, from plain facts. Pure."""
+"""The tree of a line's versions, from plain facts. Pure, and flat: a line may be thousands of versions deep."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Node:
     version: int
     parent: int | None
     expert: Expert | None  # None: the base
-    children: tuple["Node", ...]
+    children: tuple[int, ...]  # versions, ascending
 
 
 def ancestry(parents: Mapping[int, int | None], version: int | None) -> list[int]:
@@ -30,19 +30,22 @@ def parents_of(merges: Iterable[Merge]) -> dict[int, int | None]:
     return {merge.version: merge.parent for merge in merges if merge.version is not None}
 
 
-def tree(merges: Iterable[Merge], experts: Iterable[Expert]) -> Node | None:
-    """The versions of a line as a tree from its base; None while nothing is registered."""
+def tree(merges: Iterable[Merge], experts: Iterable[Expert]) -> tuple[Node, ...]:
+    """The versions of a line, ascending, so the base is first; () while nothing is registered."""
     known = {expert.id: expert for expert in experts}
     versions = {merge.version: merge for merge in merges if merge.version is not None}
-    root = next((version for version, merge in versions.items() if merge.parent is None), None)
-
-    def node(version: int) -> Node:
-        merge = versions[version]
-        grown = tuple(node(other) for other in sorted(versions) if versions[other].parent == version)
-        expert = known[merge.expert_id] if merge.expert_id is not None else None
-        return Node(version, merge.parent, expert, grown)
-
-    return None if root is None else node(root)
+    children: dict[int | None, list[int]] = {}
+    for version in sorted(versions):
+        children.setdefault(versions[version].parent, []).append(version)
+    return tuple(
+        Node(
+            version,
+            merge.parent,
+            known[merge.expert_id] if merge.expert_id is not None else None,
+            tuple(children.get(version, ())),
+        )
+        for version, merge in sorted(versions.items())
+    )
 
 
 def open_moves(events: Iterable[Event]) -> tuple[Event | None, list[Event]]:

@@ -1,9 +1,12 @@
 """What people and clients see: everything foldin reads from MLflow or shows there. The only file that imports it."""
 
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlparse
 
 import mlflow
@@ -13,6 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from registry.files import verify_manifest
 from registry.records import ExpertVersion, FoldinError, Refusal
 
 CHAMPION = "champion"
@@ -65,13 +69,14 @@ class MlflowStore:
                 raise
 
     def fetch(self, expert: ExpertVersion) -> Path:
-        """The local folder of an expert's artifacts; downloaded when they are not on this machine.
+        """The local folder of an expert's artifacts; downloaded afresh when they are not on this machine.
 
         Raises:
-            FoldinError: E_SOURCE when there is nothing at the source or it is not readable.
+            FoldinError: E_SOURCE when there is nothing at the source.
         """
         with self._reached():
-            return self._download(expert.model, expert.version, expert.name)
+            uri = self._client.get_model_version_download_uri(expert.model, str(expert.version))
+            return self._local(uri, expert.name, self._cache / "experts" / expert.model / str(expert.version))
 
     # a line's versions
 
@@ -109,7 +114,9 @@ class MlflowStore:
     def folder(self, line: str, version: int) -> Path:
         """The local folder with one version's artifacts; verify it against its manifest before use."""
         with self._reached():
-            return self._download(line, version, f"{line} v{version}")
+            uri = self._client.get_model_version_download_uri(line, str(version))
+            known = self._cache / "versions" / line / str(version)
+            return known if known.is_dir() else self._local(uri, f"{line} v{version}", known)
 
     def versions(self, line: str) -> list[int]:
         """The numbers of a line's registered versions, ascending."""
@@ -180,7 +187,7 @@ class MlflowStore:
         with self._reached():
             model = self._logged_model(line, merge_key, run_id, shown)
             if str(model.status) != "READY":
-                self._upload(model.model_id, folder)
+                self._upload(model, folder)
                 self._client.finalize_logged_model(model.model_id, "READY")
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
             for key, value in metrics.items():
@@ -243,27 +250,24 @@ class MlflowStore:
             created=version.creation_timestamp / 1000,
         )
 
-    def _download(self, model: str, version: int, where: str) -> Path:
-        uri = self._client.get_model_version_download_uri(model, str(version))
+    def _local(self, uri: str, where: str, target: Path) -> Path:
+        """The folder behind an artifact URI: itself when it is on this machine, else a whole download at `target`."""
         parsed = urlparse(uri)
-        local = Path(unquote(parsed.path)) if parsed.scheme in {"", "file"} else None
-        if local is None:
-            target = self._cache / model / str(version)
-            if not (target / MANIFEST).exists():
-                target.mkdir(parents=True, exist_ok=True)
-                get_artifact_repository(uri).download_artifacts("", str(target))
-            return target
-        if not local.is_dir():
-            raise FoldinError(
-                Refusal(
-                    code="E_SOURCE",
-                    what="there are no artifacts at the version's source",
-                    where=where,
-                    found=uri,
-                    remedy="upload the files again and register a new version",
+        if parsed.scheme in {"", "file"}:
+            folder = Path(unquote(parsed.path))
+            if not folder.is_dir():
+                what, remedy = (
+                    "there are no artifacts at the version's source",
+                    "upload them and register a new version",
                 )
-            )
-        return local
+                raise FoldinError(Refusal("E_SOURCE", what, where, found=uri, remedy=remedy))
+            return folder
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as scratch:
+            get_artifact_repository(uri).download_artifacts("", scratch)
+            shutil.rmtree(target, ignore_errors=True)
+            Path(scratch).rename(target)
+        return target
 
     def _experiment(self, name: str) -> str:
         with self._reached():
@@ -295,12 +299,18 @@ class MlflowStore:
             experiment, name=line, source_run_id=run_id, tags=tags, model_type="merged"
         )
 
-    def _upload(self, model_id: str, folder: Path) -> None:
-        """Every file, the manifest last: a version without one was never finished."""
+    def _upload(self, model: LoggedModel, folder: Path) -> None:
+        """Every file, the manifest last: a version without one was never finished. Then all of it is read back."""
         files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         for path in [path for path in files if path != MANIFEST] + [MANIFEST]:
             parent = path.parent.as_posix()
-            self._client.log_model_artifact(model_id, str(folder / path), None if parent == "." else parent)
+            self._client.log_model_artifact(model.model_id, str(folder / path), None if parent == "." else parent)
+        stored = self._local(model.artifact_location, model.model_id, self._cache / "read-back" / model.model_id)
+        wrong = verify_manifest(stored)
+        if stored.is_relative_to(self._cache):
+            shutil.rmtree(stored)
+        if wrong:
+            raise FoldinError(replace(wrong[0], code="E_MLFLOW", what="what was uploaded did not arrive whole"))
 
 
 def _missing(error: MlflowException) -> bool:

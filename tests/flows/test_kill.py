@@ -147,8 +147,7 @@ def look_at(folder):
         "moves": [(event.kind, event.origin, event.target) for event in at.ledger.events("tiny")],
         "all done": all(event.done for event in at.ledger.events("tiny")),
         "holder": at.ledger.leases.holder("tiny").holder,
-        "left": sorted(str(path.relative_to(folder)) for path in at.config.home.rglob("*.tmp"))
-        + sorted(path.name for path in at.work("tiny").glob("*")),
+        "left": sorted(path.name for path in at.work("tiny").glob("*")),
     }
     at.ledger.close()
     return facts
@@ -221,3 +220,95 @@ def test_killed_around_the_registration_of_a_version_it_is_registered_once(works
         ("registry.mlflow_store", "MlflowStore.run_for", "after", 1),
     )
     check_recovered(workshop, foldin, undisturbed(3, workshop / "foldin.toml"))
+
+
+def test_a_process_group_killed_at_random_times_changes_nothing(workshop, zoo, foldin, undisturbed):
+    seed = random.randrange(2**32)
+    dice = random.Random(seed)
+    print(f"seed {seed}")  # shown by pytest when the test fails
+    enlist(workshop, zoo, 1, 2, 3)
+    for number in (1, 2, 3):  # one kill per expert, so that none dies three times and is set aside
+        watching = watch_process(workshop, start_new_session=True)
+        for line in watching.stderr:
+            if f"tiny-experts v{number} (task" in line or "v3: folded" in line:
+                break
+        time.sleep(dice.uniform(0.0, 1.0))
+        os.killpg(watching.pid, signal.SIGKILL)
+        watching.communicate()
+    check_recovered(workshop, foldin, undisturbed(3, workshop / "foldin.toml"))
+
+
+def watch_process(folder, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "watch", "tiny"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_two_that_watch_at_the_same_time_fold_each_expert_once(workshop, zoo, foldin, undisturbed):
+    enlist(workshop, zoo, 1, 2, 3)
+    both = [watch_process(workshop) for _ in range(2)]
+    said = [each.communicate(timeout=120) for each in both]
+    assert [each.returncode for each in both] == [0, 0], said
+    folded = sorted(line for out, _ in said for line in out.splitlines())
+    assert folded == [f"tiny-experts v{number}: folded as v{number + 1}" for number in (1, 2, 3)]
+    check_recovered(workshop, foldin, undisturbed(3, workshop / "foldin.toml"))
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        ("flows.merge", "score_models", "before", 1),
+        ("registry.ledger", "Ledger.record_verdict", "before", 1),
+        ("registry.ledger", "Ledger.commit", "before", 1),
+        ("registry.mlflow_store", "MlflowStore.point_champion", "before", 1),
+    ],
+    ids=lambda point: point[1],
+)
+def test_a_run_that_slept_beyond_its_lease_ends_fenced_and_changes_nothing(workshop, zoo, foldin, undisturbed, point):
+    enlist(workshop, zoo, 1)
+    finish_base(workshop, foldin)
+    enlist(workshop, zoo, 2)
+    set_lease(workshop, 2.0)
+    sleeper = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, json.dumps([signal.SIGSTOP, [point]]), IMPORTS],
+        cwd=workshop,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pid, _ = json.loads(sleeper.stdout.readline())
+    finish(workshop, foldin)  # waits for the lease to run out, takes over, folds both
+    os.kill(pid, signal.SIGCONT)
+    out, err = sleeper.communicate(timeout=60)
+    assert json.loads(out.splitlines()[-1]) == [list(point), 1]
+    assert "error: E_FENCED line tiny: the line was taken over while this run worked on it" in err
+    check_recovered(workshop, foldin, undisturbed(2, workshop / "foldin.toml"))
+
+
+def finish_base(folder, foldin):
+    started = foldin(folder, "init", "tiny")
+    assert started.returncode == 0, started.stderr
+
+
+def test_interrupted_by_a_person_any_number_of_times_no_expert_is_blamed(workshop, zoo, foldin, undisturbed):
+    enlist(workshop, zoo, 1)
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            DRIVER,
+            json.dumps([signal.SIGINT, [["flows.merge", "score_models", "before", 1]] * 4]),
+            IMPORTS,
+        ],
+        cwd=workshop,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert [json.loads(line)[1] for line in ran.stdout.splitlines()] == [130] * 4, ran.stderr
+    check_recovered(workshop, foldin, undisturbed(1, workshop / "foldin.toml"))

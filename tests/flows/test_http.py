@@ -1,0 +1,56 @@
+"""The command line against a real MLflow server, whose artifacts are on its side of HTTP."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The URL of an MLflow server that keeps the artifacts itself."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
+    with open(folder / "log", "wb") as log, subprocess.Popen(command, cwd=folder, stdout=log, stderr=log) as process:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline, "the server did not answer"
+                time.sleep(0.3)
+        yield url
+        process.terminate()
+
+
+def test_the_whole_loop_through_the_command_line(server, workshop, zoo, foldin):
+    toml = workshop / "foldin.toml"
+    toml.write_text(toml.read_text().replace("[registry]\n", f'[registry]\ntracking_uri = "{server}"\n'))
+    started = foldin(workshop, "init", "tiny")
+    assert started.returncode == 0, started.stderr
+    assert started.stdout == ""
+    for number in (1, 2):
+        added = foldin(workshop, "add", zoo / f"expert-{number}", "--line", "tiny", "--task", f"task-{number}")
+        assert (added.returncode, added.stdout) == (0, f"tiny-experts v{number}\n"), added.stderr
+    watched = foldin(workshop, "watch", "tiny", "--json")
+    assert watched.returncode == 0, watched.stderr
+    assert [(each["state"], each["version"]) for each in json.loads(watched.stdout)] == [("folded", 2), ("folded", 3)]
+    back = foldin(workshop, "rollback", "tiny", "--because", "a test")
+    assert (back.returncode, back.stdout) == (0, "tiny: v3 -> v2\n"), back.stderr
+    shown = json.loads(foldin(workshop, "show", "tiny", "--json").stdout)
+    assert [expert["task"] for expert in shown["experts"]] == ["task-1"]
+    assert foldin(workshop, "doctor").returncode == 0
