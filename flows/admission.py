@@ -126,7 +126,7 @@ def base_digests(base: Version) -> list[str]:
     return [base.memory.base_sha256, *(weights if len(weights) == 1 else [])]
 
 
-def _read(base: Version, task: str, files: intake.Admitted, own: "Suite | None", where: str) -> Admitted | Refusal:
+def _read(base: Version, task: str, files: intake.Admitted, named: "Suite | None", where: str) -> Admitted | Refusal:
     from evaluation import models
     from evaluation.suites import load_suite
     from registry.weights import Checkpoint, content_sha256
@@ -139,7 +139,7 @@ def _read(base: Version, task: str, files: intake.Admitted, own: "Suite | None",
         return Refusal(
             "E_SCHEMA", f"config.json has another {field}", where, "config.json", "", expected, got, _retrain(base)
         )
-    suite = own or load_suite(files.folder, task=task, where=where)
+    suite = named or load_suite(files.folder, task=task, where=where)
     whole = Checkpoint.open(files.folder, where)
     weights = base.weights()
     body = _aligned(whole, weights, models.base_prefix(base.folder, list(weights)))
@@ -170,7 +170,8 @@ class _Seen:
 
         from merging.check import check_finite
 
-        found = check_finite(name, tensor)
+        # Folds are made in float32: a float64 value beyond its range is as bad as an infinity.
+        found = check_finite(name, tensor.float() if tensor.dtype == torch.float64 else tensor)
         if found and not self.refusal:
             remedy = "train it again; a value that is not finite would spread to every tensor of the merged model"
             self.refusal = Refusal(found.code, found.what, self._where, "", name, found.expected, found.found, remedy)

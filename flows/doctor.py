@@ -1,8 +1,10 @@
 """Is everything as it should be? Each finding says what is wrong and what to do; an empty list is health."""
 
 import importlib.metadata
+import re
 from collections.abc import Iterator
 
+from flows.starting import check_settings
 from flows.versions import open_version
 from flows.wiring import House, is_dead
 from registry.lineage import open_moves
@@ -22,7 +24,7 @@ def check_versions() -> Iterator[Refusal]:
     """Installed versions that Prefect's own metadata allows and that break it."""
     for package, ceiling in CEILINGS.items():
         installed = importlib.metadata.version(package)
-        if tuple(int(part) for part in installed.split(".")[:2]) >= ceiling:
+        if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) >= ceiling:  # "0.151rc1" too
             wanted = ".".join(map(str, ceiling))
             remedy = "install with constraints.txt; with this version cron schedules never fire or the server is dead"
             yield Refusal(
@@ -31,7 +33,11 @@ def check_versions() -> Iterator[Refusal]:
 
 
 def check_line(house: House, line: str) -> Iterator[Refusal]:
-    """What is wrong with one line: its alias, its versions' files, rows without versions and versions without rows."""
+    """What is wrong with one line: settings, alias, files; rows without versions and versions without rows."""
+    try:
+        check_settings(house.config.line(line), line)
+    except FoldinError as error:
+        yield error.refusal
     try:
         facts = house.ledger.line(line)
         seen = house.mlflow.champion(line)

@@ -163,7 +163,7 @@ def _fold_state(
 ) -> "tuple[Stats, dict[str, Measure]]":
     """First pass: base, the parent's slots and the expert in; the new slots and the sums out."""
     from merging.fold import advance
-    from registry.weights import plan_layout, write_checkpoint
+    from registry.writer import plan_layout, write_checkpoint
 
     measures: dict[str, Measure] = {}
     if plan.names:
@@ -228,7 +228,8 @@ def _materialise(folder: Path, plan: _Plan, stats: "Stats", progress: Progress) 
     """Second pass: base and new slots in, the serving checkpoint out, in the base's dtypes and shards; its digest."""
     from merging.check import check_finite
     from merging.fold import read_tensor
-    from registry.weights import Checkpoint, write_checkpoint
+    from registry.weights import Checkpoint
+    from registry.writer import write_checkpoint
 
     slots: Mapping[str, Tensor] = {}
     if plan.names:
@@ -289,7 +290,7 @@ def _copy_companions(base: Path, parent: Path, folder: Path) -> None:
 
 def _write_head(folder: Path, expert: Admitted) -> None:
     """The task's head beside the model: kept, never folded."""
-    from registry.weights import write_checkpoint
+    from registry.writer import write_checkpoint
 
     if len(expert.head):
         layout = {f"{expert.task}.safetensors": sorted(expert.head)}

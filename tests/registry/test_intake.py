@@ -11,7 +11,8 @@ import torch
 from registry.files import hash_tree
 from registry.intake import Admitted, admit, architecture_differs, base_matches
 from registry.records import Refusal
-from registry.weights import Checkpoint, plan_layout, spec_of, write_checkpoint
+from registry.weights import Checkpoint, spec_of
+from registry.writer import plan_layout, write_checkpoint
 
 WHERE = "expert demo-experts v3"
 CONFIG = {"model_type": "bert", "hidden_size": 4, "architectures": ["BertModel"], "torch_dtype": "float32"}

@@ -12,7 +12,8 @@ import torch
 
 from registry.files import sha256_file
 from registry.records import FoldinError
-from registry.weights import Checkpoint, content_sha256, plan_layout, spec_of, write_checkpoint
+from registry.weights import Checkpoint, content_sha256, spec_of
+from registry.writer import plan_layout, write_checkpoint
 
 SEED = 20240
 FILES_PER_CLASS = 12

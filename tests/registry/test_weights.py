@@ -15,16 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from registry.records import FoldinError, TensorSpec
-from registry.weights import (
-    DTYPES,
-    Checkpoint,
-    combined_sha256,
-    content_sha256,
-    plan_layout,
-    spec_of,
-    tensor_sha256,
-    write_checkpoint,
-)
+from registry.weights import DTYPES, Checkpoint, combined_sha256, content_sha256, spec_of, tensor_sha256
+from registry.writer import plan_layout, write_checkpoint
 
 
 def sample(seed=0):

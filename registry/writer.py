@@ -1,0 +1,158 @@
+"""Checkpoints written whole or not at all, one tensor in memory at a time, known by digest while they stream."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from torch import Tensor
+
+from registry.files import Place, canonical_json, replacing
+from registry.headers import BYTES, PART, SHARD, check_header
+from registry.records import TensorSpec
+from registry.weights import check_spec, combined_sha256, digest_of, raw_bytes
+
+INDEX = "model.safetensors.index.json"
+
+
+class Written(NamedTuple):
+    """What was written, by digest (SHA-256, 64 hex digits)."""
+
+    files: dict[str, str]  # file name -> digest of its bytes
+    tensors: dict[str, str]  # tensor name -> digest of its dtype, shape and bytes
+    sha256: str  # the checkpoint's content digest
+
+
+def plan_layout(specs: Mapping[str, TensorSpec], max_bytes: int = 5 * 10**9) -> dict[str, tuple[str, ...]]:
+    """File name -> tensor names, for a checkpoint that follows no other's layout: shards of at most `max_bytes` each.
+
+    A larger tensor gets a shard of its own. Wide dtypes come first in a shard, so that every tensor is aligned.
+    """
+    shards: list[list[str]] = [[]]
+    room = max_bytes
+    for name in sorted(specs):
+        size = _size(specs[name])
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= size
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    ordered = (tuple(sorted(shard, key=lambda name: (-BYTES[specs[name].dtype], name))) for shard in shards)
+    return dict(zip(files, ordered, strict=True))
+
+
+def write_checkpoint(
+    folder: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Callable[[str], Tensor] | Iterable[tuple[str, Tensor]],  # by name, or in the layout's order
+    *,
+    layout: Mapping[str, Sequence[str]],  # file name -> tensor names in file order; each tensor in one file
+    metadata: Mapping[str, str] | None = None,  # None: {"format": "pt"}, which transformers asks for
+) -> Written:
+    """Write a checkpoint, holding one tensor at a time; with several files the index gets its name last.
+
+    The same tensors, layout and metadata give the same bytes. Nothing stays behind when something goes wrong.
+
+    Raises:
+        FoldinError: E_SCHEMA for a tensor unlike its spec or a layout unlike the specs, E_DISK, or as `check_header`.
+    """
+    _check_layout(folder, specs, layout)
+    fetch = tensors if callable(tensors) else _in_order(tensors, str(folder))
+    text = {"format": "pt"} if metadata is None else metadata
+    files: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    with ExitStack() as stack:
+        if len(layout) > 1 or any(PART.fullmatch(file) for file in layout):  # entered first, so it is renamed last
+            stack.enter_context(replacing(folder / INDEX)).write(_index(specs, layout))
+        for file, names in layout.items():
+            target = stack.enter_context(replacing(folder / file))
+            place = Place(str(folder), file)
+            chosen = {name: specs[name] for name in names}
+            files[file] = _write_file(target, chosen, fetch, text, place, digests)
+    return Written(files, digests, combined_sha256(digests))
+
+
+def _write_file(
+    target: BinaryIO,
+    specs: Mapping[str, TensorSpec],  # in file order
+    fetch: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    place: Place,
+    digests: dict[str, str],  # gets the tensors' digests
+) -> str:
+    header = _header(specs, metadata, place)
+    whole = hashlib.sha256(header)
+    target.write(header)
+
+    def put(name: str, spec: TensorSpec) -> None:  # a function, so that a tensor is dropped before the next is made
+        tensor = fetch(name)
+        check_spec(tensor, spec, place, name)
+        raw = raw_bytes(tensor)
+        target.write(raw)
+        whole.update(raw)
+        digests[name] = digest_of(spec, raw)
+
+    for name, spec in specs.items():
+        put(name, spec)
+    return whole.hexdigest()
+
+
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], place: Place) -> bytes:
+    """The length and the header, padded with spaces to 8 bytes; held to the same rules as a header that is read."""
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + _size(spec)
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    check_header(text, end, place)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _index(specs: Mapping[str, TensorSpec], layout: Mapping[str, Sequence[str]]) -> bytes:
+    total = sum(_size(spec) for spec in specs.values())
+    weight_map = {name: file for file, names in layout.items() for name in names}
+    return canonical_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _check_layout(folder: Path, specs: Mapping[str, TensorSpec], layout: Mapping[str, Sequence[str]]) -> None:
+    """Every tensor in exactly one plainly named file."""
+    homes: dict[str, str] = {}
+    for file, names in layout.items():
+        place = Place(str(folder), file, "correct the layout")
+        if not SHARD.fullmatch(file):
+            raise place.refuse("E_PATH", "the layout names no plain file", "name.safetensors")
+        for name in names:
+            if name in homes or name not in specs:
+                expected = "one file" if name in homes else "only tensors that have a spec"
+                raise place.refuse("E_SCHEMA", "the layout misplaces a tensor", expected, tensor=name)
+            if specs[name].dtype not in BYTES:
+                raise place.refuse("E_DTYPE", "the dtype is not supported", ", ".join(BYTES), specs[name].dtype, name)
+            homes[name] = file
+    for name in sorted(specs.keys() - homes.keys()):
+        raise Place(str(folder), "", "correct the layout").refuse("E_SCHEMA", "the layout lacks a tensor", tensor=name)
+
+
+def _in_order(pairs: Iterable[tuple[str, Tensor]], where: str) -> Callable[[str], Tensor]:
+    """Take the tensors as they come, as long as they come in the order that is asked for."""
+    stream = iter(pairs)
+
+    def fetch(name: str) -> Tensor:
+        given, tensor = next(stream, ("no more tensors", None))
+        if given != name or tensor is None:
+            place = Place(where, "", "give the tensors in the layout's order")
+            raise place.refuse("E_SCHEMA", "another tensor is due", name, given, name)
+        return tensor
+
+    return fetch
+
+
+def _size(spec: TensorSpec) -> int:
+    return prod(spec.shape) * BYTES[spec.dtype]
