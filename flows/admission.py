@@ -65,7 +65,7 @@ def admit(
         if error.refusal.code in TRANSIENT:
             raise
         remedy = error.refusal.remedy or "correct it and register the result as a new version"
-        return replace(error.refusal, remedy=remedy)
+        return replace(error.refusal, where=where, remedy=remedy)
 
 
 # Not the expert's fault: it stays pending, and the run ends with the error. E_DIGEST is damage in foldin's own folders.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import TerminationSignal
 
 from flows import showing
 from flows.admission import Admitted, admit, declared_task
@@ -73,6 +74,9 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
             # What is the expert's fault is a refusal by now; this is not, so it does not count against the expert.
             if error.refusal.code != "E_FENCED":
                 at.ledger.clear_attempts(lease, waiting[0])
+            raise
+        except (KeyboardInterrupt, TerminationSignal):
+            at.ledger.clear_attempts(lease, waiting[0])  # a person or the platform ended the run, not the expert
             raise
 
 

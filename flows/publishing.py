@@ -154,7 +154,9 @@ def register(
         "foldin.method": memory.method,
         "foldin.verdict": "passed",
     }
-    version = house.mlflow.publish(line, merge_key, run_id, folder, metrics=metrics, tags=tags)
+    last = memory.experts[-1] if memory.experts else None
+    told = f"+ {last.task} ({last.model} v{last.version}); {len(memory.experts)} experts in all" if last else "the base"
+    version = house.mlflow.publish(line, merge_key, run_id, folder, description=told, metrics=metrics, tags=tags)
     found = sha256_file(house.mlflow.folder(line, version) / MANIFEST_FILE)
     if found != manifest:
         raise FoldinError(

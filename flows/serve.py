@@ -70,7 +70,8 @@ def prefect_server(config: Config, port: int = 4200) -> Iterator[str]:
         FoldinError: E_SERVER when the port is taken or the server does not start.
     """
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    with _prefect(config, Page("Prefect", port, "--prefect-port", "/api/health"), command, {}) as url:
+    pages = {"PREFECT_UI_API_URL": f"http://{HOST}:{port}/api"}  # where the browser asks; the default is port 4200
+    with _prefect(config, Page("Prefect", port, "--prefect-port", "/api/health"), command, pages) as url:
         say(f"Prefect: {url.removesuffix('/api')}")
         yield url
 

@@ -173,6 +173,7 @@ class MlflowStore:
         run_id: str,
         folder: Path,
         *,
+        description: str,
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
     ) -> int:
@@ -194,7 +195,7 @@ class MlflowStore:
                 self._client.log_metric(run_id, key, value, model_id=model.model_id)
             self._ensure_model(line)
             version = self._client.create_model_version(
-                line, f"models:/{model.model_id}", run_id=run_id, tags=shown, model_id=model.model_id
+                line, f"models:/{model.model_id}", run_id, shown, description=description, model_id=model.model_id
             )
         return int(version.version)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,21 +13,20 @@ import pytest
 
 from experiments.plain_client import register_expert
 from flows.config import load
+from flows.doctor import examine
 from flows.serve import temporary_prefect
 from flows.versions import open_version
-from flows.wiring import house, tracking_uri
+from flows.wiring import house
 
 pytestmark = pytest.mark.integration
 
-# Runs `foldin watch tiny` once per point, each in a process of its own that has everything imported and nothing open,
-# and sends that process a signal before or after the k-th call of one function. Prints how each process ended.
-DRIVER = """
+# A process that has everything imported and nothing open. For every order on its input it forks a child that is
+# `foldin watch tiny` from there on and sends itself a signal before or after the k-th call of one function; the answer
+# is how that child ended. Starting Python once for all children saves most of the time that a life would take.
+FORGE = """
 import functools, importlib, json, os, signal, sys
-from flows.config import load
-from flows.wiring import prepare_environment
-from pathlib import Path
-prepare_environment(load(Path("foldin.toml")))
-for name in sys.argv[2].split():
+
+for name in sys.argv[1:]:
     importlib.import_module(name)
 
 def arm(number, module, path, when, count):
@@ -35,34 +35,37 @@ def arm(number, module, path, when, count):
     original, calls = getattr(owner, name), []
     def counted(*arguments, **keywords):
         calls.append(name)
-        if when == "before" and len(calls) == count:
+        if (when, len(calls)) == ("before", count):
             os.kill(os.getpid(), number)
         answer = original(*arguments, **keywords)
-        if when == "after" and len(calls) == count:
+        if (when, len(calls)) == ("after", count):
             os.kill(os.getpid(), number)
         return answer
     setattr(owner, name, counted)
 
-def life(number, point):
-    child = os.fork()
-    if child == 0:
-        arm(number, *point)
-        from flows.cli import main
-        try:
-            main(["watch", "tiny"])
-        except SystemExit as end:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(int(end.code or 0))
-    return child
+def live(folder, said, point):
+    os.chdir(folder)
+    words = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(words, 1), os.dup2(words, 2)
+    if point:
+        arm(*point)
+    from flows.cli import main
+    try:
+        main(["watch", "tiny"])
+    except SystemExit as end:
+        return int(end.code or 0)
 
-number, points = json.loads(sys.argv[1])
-for point in points:
-    child = life(number, point)
-    if number == signal.SIGSTOP:
-        os.waitpid(child, os.WUNTRACED)
-        print(json.dumps([child, "stopped"]), flush=True)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps([point, ended]), flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    pid = order["wake"] if "wake" in order else os.fork()
+    if not pid:
+        code = live(**order)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    if "wake" in order:
+        os.kill(pid, signal.SIGCONT)
+    status = os.waitpid(pid, os.WUNTRACED)[1]
+    print(json.dumps([pid, None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)]), flush=True)
 """
 IMPORTS = (
     "flows.cli flows.watch flows.merge flows.starting flows.publishing flows.scoring registry.ledger registry.store "
@@ -71,60 +74,106 @@ IMPORTS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_prefect(tmp_path_factory):
-    """One Prefect for all processes of this file: starting one per process would take most of the time."""
-    folder = tmp_path_factory.mktemp("prefect")
+class Forge:
+    """The process above: starts lives, tells how they ended and keeps what they said."""
+
+    def __init__(self, folder):
+        self._folder, self._lives = folder, 0
+        command = [sys.executable, "-c", FORGE, *IMPORTS.split()]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def life(self, folder, number=None, point=()):
+        """(process id, exit status: None when it stands still, negative when a signal ended it) of one watch."""
+        self._lives += 1
+        armed = [number, *point] if point else []
+        return self._ask({"folder": str(folder), "said": str(self._words(self._lives)), "point": armed})
+
+    def wake(self, pid):
+        """The same for a life that stood still."""
+        return self._ask({"wake": pid})
+
+    def said(self, back=0):
+        """What the newest life wrote, or one so many lives back."""
+        return self._words(self._lives - back).read_text()
+
+    def close(self):
+        """End it."""
+        self._process.stdin.close()
+        self._process.stdout.close()
+        assert self._process.wait() == 0
+
+    def _words(self, number):
+        return self._folder / f"{number}.txt"
+
+    def _ask(self, order):
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def forge(tmp_path_factory):
+    """One Prefect server and one forge for all tests here; what they import must find the server named."""
+    folder = tmp_path_factory.mktemp("forge")
     (folder / "foldin.toml").write_text("")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(folder))
         patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        patch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         patch.delenv("PREFECT_API_URL", raising=False)
         with temporary_prefect(load(folder / "foldin.toml")):
-            yield
-
-
-@pytest.fixture(autouse=True)
-def patient_lease(workshop):
-    """A lease that no test outlives: who goes on at once took over from a process that it saw dead."""
-    set_lease(workshop, 600.0)
+            found = Forge(folder)
+            yield found
+            found.close()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, zoo, foldin):
-    """What one run that nobody disturbs makes of the first experts: number of experts, foldin.toml -> outcome."""
-    known = {}
+def stock(tmp_path_factory, zoo):
+    """MLflow's database with three experts that a plain client registered; foldin never ran."""
+    folder = tmp_path_factory.mktemp("stock")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where a plain client keeps artifacts when nobody says otherwise
+        for number in (1, 2, 3):
+            register_expert("sqlite:///mlflow.db", "tiny-experts", zoo / f"expert-{number}", f"task-{number}")
+    return folder / "mlflow.db"
 
-    def outcome(experts, toml):
-        if experts not in known:
+
+@pytest.fixture
+def stocked(workshop, stock):
+    """A workshop with three experts that wait, and a lease that no test outlives.
+
+    So who goes on at once did not wait: it took over from a process that it saw dead.
+    """
+    return furnish(workshop, stock)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, stock, forge):
+    """What one run that nobody disturbs makes of the three experts, with the settings of a workshop."""
+    known = []
+
+    def outcome(workshop):
+        if not known:
             folder = tmp_path_factory.mktemp("undisturbed")
-            (folder / "foldin.toml").write_text(toml.read_text())
-            enlist(folder, zoo, *range(1, experts + 1))
-            finish(folder, foldin)
-            known[experts] = look_at(folder)
-        return known[experts]
+            shutil.copyfile(workshop / "foldin.toml", folder / "foldin.toml")
+            assert forge.life(furnish(folder, stock))[1] == 0, forge.said()
+            known.append(look_at(folder))
+        return known[0]
 
     return outcome
+
+
+def furnish(folder, stock):
+    set_lease(folder, 600.0)
+    (folder / ".foldin").mkdir()
+    shutil.copyfile(stock, folder / ".foldin" / "mlflow.db")
+    return folder
 
 
 def set_lease(folder, seconds):
     toml = folder / "foldin.toml"
     head, _, tail = toml.read_text().partition("lease_seconds = ")
     toml.write_text(f"{head}lease_seconds = {seconds}\n{tail.partition(chr(10))[2]}")
-
-
-def enlist(folder, zoo, *numbers):
-    """Register experts by a plain MLflow client, before foldin ever ran."""
-    (folder / ".foldin").mkdir(exist_ok=True)
-    for number in numbers:
-        uri = tracking_uri(load(folder / "foldin.toml"))
-        register_expert(uri, "tiny-experts", zoo / f"expert-{number}", f"task-{number}")
-
-
-def finish(folder, foldin):
-    done = foldin(folder, "watch", "tiny")
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def look_at(folder):
@@ -141,44 +190,35 @@ def look_at(folder):
         "manifest": champion.manifest_sha256,
         "experts": [tuple(expert)[:3] for expert in champion.memory.experts],
         "versions": at.mlflow.versions("tiny"),
-        "models": len(client.search_logged_models([experiment])),
+        "logged models": len(client.search_logged_models([experiment])),
         "runs": len(client.search_runs([experiment])),
         "states": [str(expert.state) for expert in at.ledger.experts("tiny")],
-        "moves": [(event.kind, event.origin, event.target) for event in at.ledger.events("tiny")],
-        "all done": all(event.done for event in at.ledger.events("tiny")),
+        "moves": [(event.kind, event.origin, event.target, event.done) for event in at.ledger.events("tiny")],
         "holder": at.ledger.leases.holder("tiny").holder,
-        "left": sorted(path.name for path in at.work("tiny").glob("*")),
+        "scratch": sorted(path.name for path in at.work("tiny").glob("*")),
+        "doctor": examine(at),
     }
     at.ledger.close()
     return facts
 
 
-def live(folder, number, *points):
-    """One life per point; each must have ended by the signal."""
-    ran = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps([number, points]), IMPORTS],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert ran.returncode == 0, ran.stderr
-    ends = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("[")]
-    assert ends == [[list(point), -number] for point in points], ran.stdout + ran.stderr
+def kill(forge, folder, *points):
+    """One life per point; each must have died there."""
+    for point in points:
+        assert forge.life(folder, signal.SIGKILL, point)[1] == -signal.SIGKILL, f"{point}: {forge.said()}"
 
 
-def check_recovered(folder, foldin, wanted):
-    finish(folder, foldin)
-    assert look_at(folder) == wanted
-    examined = foldin(folder, "doctor")
-    assert (examined.returncode, examined.stdout) == (0, ""), examined.stdout
+def watch_process(folder, **options):
+    """The real command line as a process of its own."""
+    command = [sys.executable, "-m", "flows.cli", "watch", "tiny"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, **pipes, **options)
 
 
-def test_killed_at_every_step_it_ends_as_if_nothing_had_happened(workshop, zoo, foldin, undisturbed):
-    enlist(workshop, zoo, 1, 2, 3)
-    live(
-        workshop,
-        signal.SIGKILL,
+def test_killed_at_every_step_it_ends_as_if_nothing_had_happened(stocked, foldin, forge, undisturbed):
+    kill(
+        forge,
+        stocked,
         # the base
         ("registry.store", "_copy_file", "after", 2),
         ("flows.starting", "register", "before", 1),
@@ -199,116 +239,77 @@ def test_killed_at_every_step_it_ends_as_if_nothing_had_happened(workshop, zoo, 
         ("mlflow", "MlflowClient.log_model_artifact", "after", 3),
         ("registry.ledger", "Ledger.confirm", "after", 1),
     )
-    check_recovered(workshop, foldin, undisturbed(3, workshop / "foldin.toml"))
+    done = foldin(stocked, "watch", "tiny")
+    assert done.returncode == 0, done.stderr
+    assert look_at(stocked) == undisturbed(stocked)
+    examined = foldin(stocked, "doctor")
+    assert (examined.returncode, examined.stdout) == (0, "")
 
 
-def test_killed_around_the_registration_of_a_version_it_is_registered_once(workshop, zoo, foldin, undisturbed):
-    enlist(workshop, zoo, 1, 2, 3)
-    live(
-        workshop,
-        signal.SIGKILL,
-        ("registry.mlflow_store", "MlflowStore.point_champion", "after", 1),
-        # the first expert
-        ("registry.mlflow_store", "MlflowStore._upload", "before", 1),
+def test_killed_around_its_registration_a_version_is_registered_once(stocked, forge, undisturbed):
+    kill(
+        forge,
+        stocked,
+        ("registry.mlflow_store", "MlflowStore.point_champion", "after", 1),  # the base
+        ("registry.mlflow_store", "MlflowStore._upload", "before", 1),  # the first expert
         ("mlflow", "MlflowClient.create_model_version", "before", 1),
-        ("registry.ledger", "Ledger.confirm", "before", 1),
-        # the second
-        ("mlflow", "MlflowClient.create_model_version", "after", 1),
+        ("mlflow", "MlflowClient.create_model_version", "after", 2),  # the second
         ("registry.ledger", "Ledger.commit", "before", 1),
-        # the third
-        ("flows.scoring", "write_json", "after", 1),
+        ("flows.scoring", "write_json", "after", 2),  # the third
         ("registry.mlflow_store", "MlflowStore.run_for", "after", 1),
     )
-    check_recovered(workshop, foldin, undisturbed(3, workshop / "foldin.toml"))
+    assert forge.life(stocked)[1] == 0, forge.said()
+    assert look_at(stocked) == undisturbed(stocked)
 
 
-def test_a_process_group_killed_at_random_times_changes_nothing(workshop, zoo, foldin, undisturbed):
+def test_a_process_group_killed_at_random_times_changes_nothing(stocked, forge, undisturbed):
     seed = random.randrange(2**32)
     dice = random.Random(seed)
-    print(f"seed {seed}")  # shown by pytest when the test fails
-    enlist(workshop, zoo, 1, 2, 3)
-    for number in (1, 2, 3):  # one kill per expert, so that none dies three times and is set aside
-        watching = watch_process(workshop, start_new_session=True)
-        for line in watching.stderr:
-            if f"tiny-experts v{number} (task" in line or "v3: folded" in line:
-                break
+    print(f"seed {seed}")  # pytest shows it when the test fails
+    for number in (1, 2, 3):  # a later one each time, so that no expert dies three times and is set aside
+        watching = watch_process(stocked, start_new_session=True)
+        next(line for line in watching.stderr if f"tiny-experts v{number} (task" in line or "tiny-experts v3:" in line)
         time.sleep(dice.uniform(0.0, 1.0))
         os.killpg(watching.pid, signal.SIGKILL)
         watching.communicate()
-    check_recovered(workshop, foldin, undisturbed(3, workshop / "foldin.toml"))
+    assert forge.life(stocked)[1] == 0, forge.said()
+    assert look_at(stocked) == undisturbed(stocked)
 
 
-def watch_process(folder, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "watch", "tiny"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def test_two_that_watch_at_the_same_time_fold_each_expert_once(workshop, zoo, foldin, undisturbed):
-    enlist(workshop, zoo, 1, 2, 3)
-    both = [watch_process(workshop) for _ in range(2)]
+def test_two_that_watch_at_the_same_time_fold_each_expert_once(stocked, forge, undisturbed):
+    kill(forge, stocked, ("registry.ledger", "Ledger.enrol", "after", 3))
+    both = [watch_process(stocked) for _ in range(2)]
     said = [each.communicate(timeout=120) for each in both]
     assert [each.returncode for each in both] == [0, 0], said
     folded = sorted(line for out, _ in said for line in out.splitlines())
     assert folded == [f"tiny-experts v{number}: folded as v{number + 1}" for number in (1, 2, 3)]
-    check_recovered(workshop, foldin, undisturbed(3, workshop / "foldin.toml"))
+    assert look_at(stocked) == undisturbed(stocked)
 
 
 @pytest.mark.parametrize(
     "point",
     [
-        ("flows.merge", "score_models", "before", 1),
-        ("registry.ledger", "Ledger.record_verdict", "before", 1),
         ("registry.ledger", "Ledger.commit", "before", 1),
         ("registry.mlflow_store", "MlflowStore.point_champion", "before", 1),
     ],
     ids=lambda point: point[1],
 )
-def test_a_run_that_slept_beyond_its_lease_ends_fenced_and_changes_nothing(workshop, zoo, foldin, undisturbed, point):
-    enlist(workshop, zoo, 1)
-    finish_base(workshop, foldin)
-    enlist(workshop, zoo, 2)
-    set_lease(workshop, 2.0)
-    sleeper = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, json.dumps([signal.SIGSTOP, [point]]), IMPORTS],
-        cwd=workshop,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    pid, _ = json.loads(sleeper.stdout.readline())
-    finish(workshop, foldin)  # waits for the lease to run out, takes over, folds both
-    os.kill(pid, signal.SIGCONT)
-    out, err = sleeper.communicate(timeout=60)
-    assert json.loads(out.splitlines()[-1]) == [list(point), 1]
-    assert "error: E_FENCED line tiny: the line was taken over while this run worked on it" in err
-    check_recovered(workshop, foldin, undisturbed(2, workshop / "foldin.toml"))
+def test_a_run_that_slept_beyond_its_lease_ends_fenced(stocked, forge, undisturbed, point):
+    kill(forge, stocked, ("registry.ledger", "Ledger.enrol", "after", 3))
+    set_lease(stocked, 2.0)
+    sleeper, ended = forge.life(stocked, signal.SIGSTOP, point)
+    assert ended is None
+    assert forge.life(stocked)[1] == 0, forge.said()  # waits for the lease to run out, takes over, folds all
+    assert forge.wake(sleeper)[1] == 1
+    fenced = "error: E_FENCED line tiny: the line was taken over while this run worked on it; it may write no more."
+    assert fenced in forge.said(back=1)
+    assert look_at(stocked) == undisturbed(stocked)
+    assert forge.life(stocked)[1] == 0, forge.said()
+    assert look_at(stocked) == undisturbed(stocked)
 
 
-def finish_base(folder, foldin):
-    started = foldin(folder, "init", "tiny")
-    assert started.returncode == 0, started.stderr
-
-
-def test_interrupted_by_a_person_any_number_of_times_no_expert_is_blamed(workshop, zoo, foldin, undisturbed):
-    enlist(workshop, zoo, 1)
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            DRIVER,
-            json.dumps([signal.SIGINT, [["flows.merge", "score_models", "before", 1]] * 4]),
-            IMPORTS,
-        ],
-        cwd=workshop,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert [json.loads(line)[1] for line in ran.stdout.splitlines()] == [130] * 4, ran.stderr
-    check_recovered(workshop, foldin, undisturbed(1, workshop / "foldin.toml"))
+def test_interrupted_by_a_person_any_number_of_times_no_expert_is_blamed(stocked, forge, undisturbed):
+    for _ in range(4):
+        assert forge.life(stocked, signal.SIGINT, ("flows.merge", "score_models", "before", 1))[1] == 130, forge.said()
+    assert forge.life(stocked)[1] == 0, forge.said()
+    assert look_at(stocked) == undisturbed(stocked)
