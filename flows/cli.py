@@ -5,7 +5,8 @@ Data goes to stdout, talk to stderr. Exit codes: 0 done, 1 error, 2 usage, 3 rej
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -107,15 +108,15 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
     names = [line] if line else sorted(config.lines)
     for name in names:
         config.line(name)
-    _busy("starting Prefect")
-    from flows.watch import watch as look
-
     outcomes, errors = [], []
-    for name in names:
-        try:
-            outcomes += look(name, str(options["config_file"]))
-        except FoldinError as error:  # one line's trouble is not the others'
-            errors.append(error)
+    with _prefect(config):
+        from flows.watch import watch as look
+
+        for name in names:
+            try:
+                outcomes += look(name, str(options["config_file"]))
+            except FoldinError as error:  # one line's trouble is not the others'
+                errors.append(error)
     for other in errors[1:]:
         _say(f"error: {other}")
     if errors:
@@ -129,11 +130,12 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
 @click.pass_obj
 def merge(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
     """Fold the next expert that waits in LINE, and no more."""
-    _prepared(options).line(line)
-    _busy("starting Prefect")
-    from flows.merge import merge_expert
+    config = _prepared(options)
+    config.line(line)
+    with _prefect(config):
+        from flows.merge import merge_expert
 
-    outcome = merge_expert(line, str(options["config_file"]))
+        outcome = merge_expert(line, str(options["config_file"]))
     if outcome is None:
         _say(f"Nothing waits in {line}. `foldin watch {line}` looks for new experts.")
     _finish([outcome] if outcome else [], as_json)
@@ -200,11 +202,12 @@ def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -
     """Make an earlier (or later) version of LINE the champion, verified first."""
     import getpass
 
-    _prepared(options).line(line)
-    _busy("starting Prefect")
-    from flows.rollback import rollback as roll_back
+    config = _prepared(options)
+    config.line(line)
+    with _prefect(config):
+        from flows.rollback import rollback as roll_back
 
-    moved = roll_back(line, because, to, getpass.getuser(), str(options["config_file"]))
+        moved = roll_back(line, because, to, getpass.getuser(), str(options["config_file"]))
     click.echo(f"{line}: v{moved['from']} -> v{moved['to']}")
     _say(f"Next: foldin log {line}")
 
@@ -282,6 +285,16 @@ def _house(options: dict[str, Any]) -> "House":
 
     _prepared(options)
     return house(str(options["config_file"]))
+
+
+@contextmanager
+def _prefect(config: "Config") -> Iterator[None]:
+    """A Prefect API for the flow runs of one verb; prefect itself may be imported only inside."""
+    from flows.serve import temporary_prefect
+
+    _busy("starting Prefect")
+    with temporary_prefect(config):
+        yield
 
 
 def _answer(facts: Any, as_json: bool, show: Callable[[Any], None]) -> None:  # noqa: ANN401 - any JSON

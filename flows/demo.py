@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import Config, load
+from flows.serve import temporary_prefect
 from flows.setup import write_line
 from flows.telling import bar, say, speak
 from flows.wiring import House, house, prepare_environment, tracking_uri
@@ -64,15 +65,23 @@ def run(home: Path, base: Path | None, json_file: Path | None, *, debug: bool) -
     trained = _train(folder, home / "cache", story)
     story.chapter("Starting the line: the base becomes version 1")
     _start(config_file, config)
+    with temporary_prefect(config):
+        _live(config_file, config, folder, trained, story)
+    _close(config_file, json_file, story)
+
+
+def _live(
+    config_file: Path, config: Config, base: Path, trained: "Mapping[str, tuple[TextTask, Path]]", story: Story
+) -> None:
+    """What the line goes through: five experts, two bad ones, back and forth, and the comparison at the end."""
     story.chapter("Each expert is registered with a plain MLflow client; the watch flow finds it and folds it")
     _fold_all(config_file, config, trained, story)
     story.chapter("An expert trained on shuffled labels, and one with a NaN")
-    _refuse_bad(config_file, config, folder, home, story)
+    _refuse_bad(config_file, config, base, story)
     story.chapter("A person moves the alias two versions back in MLflow; foldin adopts it, then rolls forward")
     _back_and_forth(config_file, config, story)
     story.chapter("What it was worth")
     _compare(house(str(config_file)), trained, story)
-    _close(config_file, json_file, story)
 
 
 def _fresh(home: Path) -> Path:
@@ -116,12 +125,12 @@ def _fold_all(config_file: Path, config: Config, trained: "Mapping[str, tuple[Te
     story.note(folded=[each for each in outcomes if each["state"] == "folded"], outcomes=outcomes)
 
 
-def _refuse_bad(config_file: Path, config: Config, base: Path, home: Path, story: Story) -> None:
+def _refuse_bad(config_file: Path, config: Config, base: Path, story: Story) -> None:
     from experiments.plain_client import champion, register_expert
     from experiments.texts import text_task
     from experiments.zoo import DEMONSTRATION, expert, poison
 
-    uri = tracking_uri(config)
+    uri, home = tracking_uri(config), config_file.parent.parent
     before = champion(uri, LINE)
     recipe = DEMONSTRATION[BAD]._replace(shuffled=True)
     with bar("fine-tuning on shuffled labels") as progress:

@@ -33,7 +33,11 @@ class Page(NamedTuple):
 
 
 def deployments(config: Config, config_file: str) -> list[Any]:
-    """Of every line: `watch` on its interval or `nightly` on its cron, the other one and `rollback` on demand."""
+    """Of every line `watch`, `nightly` and `rollback`.
+
+    `watch` runs on its interval when the trigger is on-register, `nightly` on its cron unless the trigger is manual;
+    whatever is not scheduled runs when asked.
+    """
     from prefect.schedules import Cron
     from prefect.types.entrypoint import EntrypointType
 

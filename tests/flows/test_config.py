@@ -141,7 +141,9 @@ def test_what_is_wrong_is_said_with_place_expected_found_and_remedy(write, tmp_p
 def test_a_file_that_cannot_be_read_is_said_so(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b"# caf\xe9\n")
     for path in (tmp_path, tmp_path / "latin.toml"):
-        assert f"E_CONFIG {path}: the file cannot be read. Expected text in UTF-8." in said(lambda path=path: load(path))
+        assert f"E_CONFIG {path}: the file cannot be read. Expected text in UTF-8." in said(
+            lambda path=path: load(path)
+        )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,11 @@ def test_a_file_that_cannot_be_read_is_said_so(tmp_path):
     [
         (
             {"method": "opcmm"},
-            ["[lines.demo] method: there is no method 'opcmm'", "expected one of opcm, average", "Did you mean 'opcm'."],
+            [
+                "[lines.demo] method: there is no method 'opcmm'",
+                "expected one of opcm, average",
+                "Did you mean 'opcm'.",
+            ],
         ),
         ({"parameters": {"energi": 0.5}}, ["method 'opcm' has no parameter 'energi'", "Did you mean 'energy'."]),
         ({"parameters": {"energy": 2}}, ["opcm: energy is 2, expected 0 <= energy < 1"]),

@@ -1,0 +1,120 @@
+"""Where configuration becomes places, environment and names; nothing slow is started here."""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from flows import wiring
+from flows.config import LineConfig, load
+
+SETTINGS = LineConfig(base="base", experts=("demo-experts",), suites={"city": "suites/city"})
+KEY = ("demo", "manifest", "tree", "city", SETTINGS)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The process's environment without anything that a person or another test set for Prefect and MLflow."""
+    before = dict(os.environ)
+    for key in before:
+        if key.startswith(("PREFECT_", "MLFLOW_", "HF_", "DO_NOT")):
+            monkeypatch.delenv(key)
+    yield os.environ
+    for key in set(os.environ) - set(before):
+        del os.environ[key]
+
+
+def configured(folder, registry=""):
+    (folder / "foldin.toml").write_text(f"[registry]\n{registry}\n")
+    return load(folder / "foldin.toml")
+
+
+def test_everything_is_embedded_below_home_by_default(tmp_path):
+    config = configured(tmp_path)
+    home = tmp_path / ".foldin"
+    assert wiring.ledger_url(config) == f"sqlite:///{home}/ledger.db"
+    assert wiring.tracking_uri(config) == f"sqlite:///{home}/mlflow.db"
+    assert wiring.artifact_root(config) == (home / "artifacts").as_uri()
+    assert home.is_dir(), "SQLite makes files, not folders"
+
+
+def test_an_mlflow_server_chooses_where_artifacts_go_unless_told(tmp_path):
+    server = configured(tmp_path, 'tracking_uri = "http://mlflow:5000"')
+    assert wiring.tracking_uri(server) == "http://mlflow:5000"
+    assert wiring.artifact_root(server) == ""
+    told = configured(tmp_path, 'tracking_uri = "http://mlflow:5000"\nartifact_root = "s3://bucket/x"')
+    assert wiring.artifact_root(told) == "s3://bucket/x"
+
+
+def test_the_folders_of_a_house_lie_below_home_one_scratch_a_line(tmp_path):
+    house = wiring.House(configured(tmp_path, 'home = "kept"'), None, None)
+    folders = {house.experts, house.scores, house.work("a"), house.work("b")}
+    assert len(folders) == 4
+    assert all(folder.is_relative_to(tmp_path / "kept") for folder in folders)
+
+
+def test_the_environment_is_set_and_what_the_user_set_stays(tmp_path, environment, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "9")
+    monkeypatch.setenv("PREFECT_HOME", "mine")
+    wiring.prepare_environment(configured(tmp_path))
+    assert (environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], environment["PREFECT_HOME"]) == ("9", "mine")
+    assert environment["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] == "CRITICAL"
+    assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_an_mlflow_that_is_away_is_given_up_within_seconds(tmp_path, environment):
+    wiring.prepare_environment(configured(tmp_path), verbose=True)
+    retries = int(environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
+    waits = [0, *(2 * 2**number for number in range(1, retries))]  # MLflow's backoff factor is 2
+    assert sum(waits) + retries < 15, "with a second of jitter each"
+    assert environment["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] == "INFO"
+
+
+def test_the_prefect_api_is_the_one_that_was_named_last(environment):
+    assert wiring.prefect_api_url() == ""
+    wiring.use_prefect_api("http://127.0.0.1:4200/api")
+    assert wiring.prefect_api_url() == "http://127.0.0.1:4200/api"
+
+
+def test_this_process_is_alive_and_one_that_ended_is_dead():
+    assert not wiring.is_dead(wiring.holder())
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = wiring._started(child.pid)
+    name = f"{socket.gethostname()}:{child.pid}:{started}"
+    assert not wiring.is_dead(name)
+    child.communicate()
+    assert wiring.is_dead(name)
+    assert wiring.is_dead(f"{socket.gethostname()}:{os.getpid()}:1"), "another process had this number before"
+
+
+@pytest.mark.parametrize("name", ["", "elsewhere:1:1", f"{socket.gethostname()}:x:1", "no colons"])
+def test_when_in_doubt_a_holder_is_alive(name):
+    assert not wiring.is_dead(name)
+
+
+def test_the_same_merge_has_the_same_name_in_every_process():
+    assert wiring.merge_key(*KEY) == wiring.merge_key(*KEY)
+    assert wiring.merge_key(*KEY) == wiring.merge_key(*KEY[:-1], replace(SETTINGS, interval=5.0, schedule="@daily"))
+    assert len(wiring.merge_key(*KEY)) == 64
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("other", *KEY[1:]),
+        ("demo", "other", *KEY[2:]),
+        ("demo", "manifest", "other", *KEY[3:]),
+        ("demo", "manifest", "tree", "other", SETTINGS),
+        (*KEY[:-1], replace(SETTINGS, method="average")),
+        (*KEY[:-1], replace(SETTINGS, parameters={"energy": 0.4})),
+        (*KEY[:-1], replace(SETTINGS, plain=("pooler.*",))),
+        (*KEY[:-1], replace(SETTINGS, gate={"min_gain": 0.1})),
+        (*KEY[:-1], replace(SETTINGS, suites={})),
+    ],
+)
+def test_whatever_changes_the_result_changes_the_name(other):
+    assert wiring.merge_key(*other) != wiring.merge_key(*KEY)
