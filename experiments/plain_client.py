@@ -6,7 +6,7 @@ import mlflow
 from mlflow import MlflowClient
 
 
-def register_expert(tracking_uri: str, model: str, folder: Path, task: str, author: str = "a team") -> int:
+def register_expert(tracking_uri: str, model: str, folder: Path, task: str, files: str | None = None) -> int:
     """Register the files in a folder as the next version of a registered model; its number.
 
     Args:
@@ -14,18 +14,18 @@ def register_expert(tracking_uri: str, model: str, folder: Path, task: str, auth
         model: name of the registered model that a line watches.
         folder: config.json, *.safetensors, suite.json with its data.
         task: what the expert was trained for; the one tag that foldin needs.
-        author: kept as a tag.
+        files: where MLflow keeps the files of a new experiment; None leaves it to the server.
     """
     mlflow.set_tracking_uri(tracking_uri)
     client = MlflowClient()
-    experiment = mlflow.set_experiment("fine-tuning")
-    made = client.create_logged_model(experiment.experiment_id, name=task, model_type="expert")
+    known = client.get_experiment_by_name("fine-tuning")
+    experiment = known.experiment_id if known else client.create_experiment("fine-tuning", artifact_location=files)
+    made = client.create_logged_model(experiment, name=task, model_type="expert")
     client.log_model_artifacts(made.model_id, str(folder))
     client.finalize_logged_model(made.model_id, "READY")
     if not client.search_registered_models(f"name = '{model}'"):
         client.create_registered_model(model)
-    tags = {"foldin.task": task, "foldin.author": author}
-    source = f"models:/{made.model_id}"
+    source, tags = f"models:/{made.model_id}", {"foldin.task": task}
     return int(client.create_model_version(model, source, model_id=made.model_id, tags=tags).version)
 
 

@@ -190,7 +190,10 @@ def score(options: dict[str, Any], line: str, version: int | None, as_json: bool
     from flows.printing import print_accuracy
     from flows.reading import score as read
 
-    _answer(read(_house(options), line, version), as_json, lambda facts: print_accuracy(facts["accuracy"]))
+    facts = read(_house(options), line, version)
+    _answer(facts, as_json, lambda found: print_accuracy(found["accuracy"]))
+    for task, error in facts["errors"].items():
+        _say(f"{task} was not measured: {error}")
 
 
 @cli.command()

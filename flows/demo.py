@@ -12,7 +12,7 @@ from flows.config import Config, load
 from flows.serve import temporary_prefect
 from flows.setup import write_line
 from flows.telling import bar, say, speak
-from flows.wiring import House, house, prepare_environment, tracking_uri
+from flows.wiring import House, artifact_root, house, prepare_environment, tracking_uri
 
 if TYPE_CHECKING:
     from experiments.texts import TextTask
@@ -120,7 +120,7 @@ def _fold_all(config_file: Path, config: Config, trained: "Mapping[str, tuple[Te
     uri = tracking_uri(config)
     outcomes = []
     for name, (_, folder) in trained.items():
-        register_expert(uri, EXPERTS, folder, name)
+        register_expert(uri, EXPERTS, folder, name, artifact_root(config))
         outcomes += _watch(config_file)
     story.note(folded=[each for each in outcomes if each["state"] == "folded"], outcomes=outcomes)
 
@@ -135,11 +135,11 @@ def _refuse_bad(config_file: Path, config: Config, base: Path, story: Story) -> 
     recipe = DEMONSTRATION[BAD]._replace(shuffled=True)
     with bar("fine-tuning on shuffled labels") as progress:
         bad = expert(text_task(BAD), home / "cache", base, recipe, progress)
-    register_expert(uri, EXPERTS, bad, BAD)
+    register_expert(uri, EXPERTS, bad, BAD, artifact_root(config))
     rejected = _watch(config_file)
     after_bad = champion(uri, LINE)
     good = expert(text_task(BROKEN), home / "cache", base, DEMONSTRATION[BROKEN])
-    register_expert(uri, EXPERTS, poison(good, home / "run/broken"), BROKEN)
+    register_expert(uri, EXPERTS, poison(good, home / "run/broken"), BROKEN, artifact_root(config))
     quarantined = _watch(config_file)
     story.note(
         rejected=rejected,

@@ -17,6 +17,7 @@ from flows.folding import Candidate, fold
 from flows.leasing import held
 from flows.publishing import metrics_of, register, show, write_report, write_version_manifest
 from flows.scoring import Subject, known_tasks, report_on, score
+from flows.starting import check_settings
 from flows.telling import bar, say
 from flows.versions import Version, chain, open_version
 from flows.wiring import House, house, merge_key
@@ -45,7 +46,7 @@ class Work(NamedTuple):
 
     def key(self, admitted: Admitted) -> str:
         """The merge's name, made of everything that decides its result."""
-        parts = (self.parent.manifest_sha256, admitted.tree_sha256, admitted.task)
+        parts = (self.parent.manifest_sha256, admitted.tree_sha256, admitted.task, admitted.suite.sha256)
         return merge_key(self.lease.line, *parts, self.settings)
 
 
@@ -64,6 +65,7 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
     """
     at = house(config_file)
     settings = at.config.line(line)
+    check_settings(settings, line)
     with held(at, line, told=say) as lease:
         waiting = at.ledger.experts(line, ExpertState.PENDING)
         if not waiting or not reconcile(at, lease, say):

@@ -1,6 +1,5 @@
 """What keeps running: the deployments of every line, and the pages to look at."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -125,7 +124,7 @@ def _prefect(config: Config, page: Page, command: list[str], environment: Mappin
         try:
             yield f"{url}/api"
         finally:
-            os.environ.pop("PREFECT_API_URL", None)
+            wiring.use_prefect_api(None)
 
 
 @contextmanager
@@ -137,7 +136,7 @@ def _running(config: Config, page: Page, command: list[str], environment: Mappin
     with open(log, "ab") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "flows.tether", *command],
-            env={**os.environ, **environment},
+            env=wiring.child_environment(environment),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,

@@ -35,7 +35,7 @@ def start(house: House, line: str, settings: LineConfig) -> int:
     digest = _digest(copy, line, settings)
     house.ledger.add_line(line, digest)
     with held(house, line, told=say) as lease:
-        key = merge_key(line, "", digest, "", settings)
+        key = merge_key(line, "", digest, "", "", settings)
         verdict = Verdict(Outcome.PASSED)
         house.ledger.record_verdict(lease, Merge(key, line, None, None, verdict))
         scratch = house.work(line) / key

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -103,9 +104,17 @@ def prefect_api_url() -> str:
     return os.environ.get("PREFECT_API_URL", "")
 
 
-def use_prefect_api(url: str) -> None:
-    """Send this process's flow runs, and those of its children, to a server."""
-    os.environ["PREFECT_API_URL"] = url
+def use_prefect_api(url: str | None) -> None:
+    """Send this process's flow runs, and those of its children, to a server; with None, to none any more."""
+    if url is None:
+        os.environ.pop("PREFECT_API_URL", None)
+    else:
+        os.environ["PREFECT_API_URL"] = url
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment for a child, with some settings over it."""
+    return {**os.environ, **extra}
 
 
 def holder() -> str:
@@ -132,26 +141,27 @@ def _started(pid: int) -> str:
     return "" if state == "Z" else rest[18]
 
 
-def merge_key(line: str, parent_manifest: str, expert: str, task: str, settings: LineConfig) -> str:
+def merge_key(line: str, parent: str, expert: str, task: str, suite: str, settings: LineConfig) -> str:
     """The name of one merge: what goes in decides it, so a repeated run finds what an earlier one left.
 
     Args:
         line: name of the line.
-        parent_manifest: SHA-256 of the parent version's manifest, which covers its weights and its state.
-        expert: content digest of the expert's weights.
+        parent: SHA-256 of the parent version's manifest, which covers its weights and its state.
+        expert: digest of the expert's files.
         task: the expert's task.
+        suite: identity of the suite that measures it.
         settings: the line's settings; those that change weights or verdict are part of the key.
     """
     facts: dict[str, Any] = {
         "format": CODE_FORMAT,
         "line": line,
-        "parent": parent_manifest,
+        "parent": parent,
         "expert": expert,
         "task": task,
+        "suite": suite,
         "method": settings.method,
         "parameters": dict(settings.parameters),
         "plain": list(settings.plain),
         "gate": dict(settings.gate),
-        "suite": settings.suites.get(task, ""),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from registry.files import verify_manifest
+from registry.files import shown, verify_manifest
 from registry.records import ExpertVersion, FoldinError, Refusal
 
 CHAMPION = "champion"
@@ -53,7 +53,8 @@ class MlflowStore:
                     order_by=["version_number ASC"],
                     page_token=token,
                 )
-            yield from (self._expert(version) for version in page)
+                found = [self._expert(version) for version in page]
+            yield from found
             token = page.token
             if not token:
                 return
@@ -232,14 +233,14 @@ class MlflowStore:
                     code="E_MLFLOW",
                     what="MLflow did not do what was asked",
                     where=f"MLflow at {_without_password(self._uri)}",
-                    found=str(error).strip().splitlines()[0][:300],
+                    found=shown(str(error).strip().partition("\n")[0]),
                     remedy="check that it runs and that tracking_uri in foldin.toml is right, then try again",
                 )
             ) from error
 
     def _expert(self, version: ModelVersion) -> ExpertVersion:
         model_id = version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else ""
-        status = str(self._client.get_logged_model(model_id).status) if model_id else str(version.status)
+        status = self._model_status(model_id) if model_id else str(version.status)
         return ExpertVersion(
             model=version.name,
             version=int(version.version),
@@ -250,6 +251,14 @@ class MlflowStore:
             run_id=version.run_id or "",
             created=version.creation_timestamp / 1000,
         )
+
+    def _model_status(self, model_id: str) -> str:
+        try:
+            return str(self._client.get_logged_model(model_id).status)
+        except MlflowException as error:
+            if _missing(error):
+                return "DELETED"
+            raise
 
     def _local(self, uri: str, where: str, target: Path) -> Path:
         """The folder behind an artifact URI: itself when it is on this machine, else a whole download at `target`."""

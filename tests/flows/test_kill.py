@@ -71,7 +71,8 @@ for line in sys.stdin:
 IMPORTS = (
     "flows.cli flows.watch flows.merge flows.starting flows.publishing flows.scoring registry.ledger registry.store "
     "registry.mlflow_store registry.weights evaluation.models evaluation.score evaluation.gate evaluation.page "
-    "evaluation.pictures evaluation.report merging.fold merging.measure mlflow.store.tracking.sqlalchemy_store mlflow.store.model_registry.sqlalchemy_store "
+    "evaluation.pictures evaluation.report merging.fold merging.measure "
+    "mlflow.store.tracking.sqlalchemy_store mlflow.store.model_registry.sqlalchemy_store "
     "torch transformers.models.bert.modeling_bert transformers.models.bert.tokenization_bert"
 )
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments.plain_client import champion, move_alias, register_expert
 from flows.versions import open_version
-from flows.wiring import house, tracking_uri
+from flows.wiring import artifact_root, house, tracking_uri
 from registry.files import hash_tree
 from registry.records import ExpertState, FoldinError, Refusal
 
@@ -42,7 +42,7 @@ def look(at):
 
 
 def register(at, folder, task):
-    return register_expert(tracking_uri(at.config), "tiny-experts", folder, task)
+    return register_expert(tracking_uri(at.config), "tiny-experts", folder, task, artifact_root(at.config))
 
 
 def seen(at):
@@ -125,7 +125,7 @@ def test_a_moved_alias_is_adopted_and_the_next_fold_starts_there(at, zoo):
 def test_an_alias_on_a_version_that_never_passed_blocks_the_line_until_it_is_moved(at, zoo):
     register(at, zoo / "expert-1", "task-1")
     look(at)
-    stranger = register_expert(tracking_uri(at.config), "tiny", zoo / "expert-2", "x")
+    stranger = register_expert(tracking_uri(at.config), "tiny", zoo / "expert-2", "x", artifact_root(at.config))
     move_alias(tracking_uri(at.config), "tiny", stranger)
     register(at, zoo / "expert-3", "task-3")
     assert look(at) == []

@@ -12,7 +12,7 @@ from flows import wiring
 from flows.config import LineConfig, load
 
 SETTINGS = LineConfig(base="base", experts=("demo-experts",), suites={"city": "suites/city"})
-KEY = ("demo", "manifest", "tree", "city", SETTINGS)
+KEY = ("demo", "manifest", "tree", "city", "suite", SETTINGS)
 
 
 @pytest.fixture
@@ -108,12 +108,12 @@ def test_the_same_merge_has_the_same_name_in_every_process():
         ("other", *KEY[1:]),
         ("demo", "other", *KEY[2:]),
         ("demo", "manifest", "other", *KEY[3:]),
-        ("demo", "manifest", "tree", "other", SETTINGS),
+        (*KEY[:3], "other", *KEY[4:]),
+        (*KEY[:4], "other", SETTINGS),
         (*KEY[:-1], replace(SETTINGS, method="average")),
         (*KEY[:-1], replace(SETTINGS, parameters={"energy": 0.4})),
         (*KEY[:-1], replace(SETTINGS, plain=("pooler.*",))),
         (*KEY[:-1], replace(SETTINGS, gate={"min_gain": 0.1})),
-        (*KEY[:-1], replace(SETTINGS, suites={})),
     ],
 )
 def test_whatever_changes_the_result_changes_the_name(other):
