@@ -80,17 +80,20 @@ def reconcile(house: House, lease: Lease, told: Told) -> bool:
         told(f"finishing the move of {lease.line}@champion to version {newest.target}")
         follow(house, lease, newest)
     elif any(seen == move.target for move in overtaken):
-        told(f"{lease.line}@champion was moved late to version {seen} by an overtaken run; putting it back")
-        follow(
-            house,
-            lease,
-            house.ledger.move(lease, "repaired", newest.target, "a late move of an overtaken run", "foldin"),
-        )
+        _put_back(house, lease, newest.target, [move for move in overtaken if move.target == seen], told)
     else:
         return _adopt(house, lease, seen, line.blocked, told)
     if line.blocked:
         house.ledger.block(lease, "")
     return True
+
+
+def _put_back(house: House, lease: Lease, target: int, late: list[Event], told: Told) -> None:
+    """Undo a late move of an overtaken run. It can happen once: the next move to that version is a person's."""
+    told(f"{lease.line}@champion was moved late to version {late[0].target} by an overtaken run; putting it back")
+    follow(house, lease, house.ledger.move(lease, "repaired", target, "a late move of an overtaken run", "foldin"))
+    for move in late:
+        house.ledger.confirm(lease, move)
 
 
 def _adopt(house: House, lease: Lease, seen: int | None, blocked: str, told: Told) -> bool:

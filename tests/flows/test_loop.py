@@ -327,3 +327,28 @@ def test_the_champion_loads_with_transformers_where_foldin_cannot_be_imported(at
     assert found.returncode == 0, found.stderr
     served = open_version(at, "tiny", 2).weights()
     assert float(found.stdout) == float(served["pooler.dense.weight"].double().sum())
+
+
+def test_a_late_move_of_an_overtaken_run_is_put_back_once_and_then_a_person_is_believed(at, zoo, monkeypatch):
+    from flows import merge
+    from flows.rollback import rollback
+
+    config = str(at.config.folder / "foldin.toml")
+    register(at, zoo / "expert-1", "task-1")
+
+    def paused(*arguments):
+        raise FoldinError(Refusal("E_MLFLOW", "paused before the alias"))
+
+    monkeypatch.setattr(merge, "follow", paused)
+    with pytest.raises(FoldinError, match="paused"):
+        look(at)
+    monkeypatch.undo()
+    rollback("tiny", "it was taken over", 1, "ann", config)
+    move_alias(tracking_uri(at.config), "tiny", 2)  # what the paused run does when it wakes
+    look(at)
+    assert seen(at) == at.ledger.line("tiny").champion == 1
+    assert at.ledger.events("tiny")[-1].kind == "repaired"
+    move_alias(tracking_uri(at.config), "tiny", 2)
+    look(at)
+    assert seen(at) == at.ledger.line("tiny").champion == 2
+    assert at.ledger.events("tiny")[-1].kind == "adopted"
