@@ -36,7 +36,7 @@ unit: $(STAMP)
 	$(BIN)/pytest -n 2
 
 integration: $(STAMP)
-	$(BIN)/pytest -m "integration or slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "integration or slow"
 
 clean:
 	rm -rf $(VENV) .foldin .foldin-demo experiments/out .mypy_cache .ruff_cache .pytest_cache

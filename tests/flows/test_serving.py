@@ -146,6 +146,16 @@ def test_a_server_ends_with_a_process_that_is_killed(workshop, mark, server):
     assert not answers(died.stdout.strip())
 
 
+def test_a_killed_watch_leaves_no_process(workshop, config, zoo, mark):
+    register_expert(tracking_uri(config), "tiny-experts", zoo / "expert-1", "task-1")
+    command = [sys.executable, "-m", "flows.cli", "watch", "tiny"]
+    with subprocess.Popen(command, cwd=workshop, stderr=subprocess.PIPE, text=True) as watching:
+        next(line for line in watching.stderr if "folding into tiny v1" in line)
+        assert len(marked(mark)) > 1
+        watching.kill()
+    wait_until(lambda: not marked(mark), 20)
+
+
 @pytest.mark.parametrize(
     ("server", "name", "option"),
     [(prefect_server, "Prefect", "--prefect-port"), (mlflow_server, "MLflow", "--mlflow-port")],
