@@ -9,7 +9,7 @@ QUIET := PIP_DISABLE_PIP_VERSION_CHECK=1
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint unit integration chaos bench clean
+.PHONY: setup demo test lint unit integration clean
 
 setup: $(STAMP)
 

@@ -48,7 +48,7 @@ def pair(before: TaskScore | None, after: TaskScore | None, who: tuple[str, str]
 def task_drop(task: str, both: Pair, rules: Rules) -> Check:
     """Whether a known task fell no further than max_task_drop, or no further than chance explains."""
     drop, p = both[0].value - both[1].value, sign_test(*flips(*both))
-    passed = drop <= rules.max_task_drop + ROUNDING or p >= rules.significance
+    passed = drop <= rules.max_task_drop + ROUNDING or _chance(p, both, rules)
     text = f"{_name(task)}: {_change(both)}; at most {_points(rules.max_task_drop)} allowed ({_p(p)})"
     return Check("max_task_drop", task, drop, rules.max_task_drop, passed, text)
 
@@ -57,10 +57,15 @@ def negative_flips(task: str, both: Pair, rules: Rules) -> Check:
     """Whether no more than max_negative_flips of a known task's examples turned wrong, or chance explains it."""
     losses, wins = flips(*both)
     rate, p = losses / both[0].examples, sign_test(losses, wins)
-    passed = rate <= rules.max_negative_flips + ROUNDING or p >= rules.significance
+    passed = rate <= rules.max_negative_flips + ROUNDING or _chance(p, both, rules)
     counts = f"{losses} of {both[0].examples} answers turned wrong ({rate:.1%}) and {wins} right"
     text = f"{_name(task)}: {counts}; at most {rules.max_negative_flips:.1%} wrong allowed ({_p(p)})"
     return Check("max_negative_flips", task, rate, rules.max_negative_flips, passed, text)
+
+
+def _chance(p: float, both: Pair, rules: Rules) -> bool:
+    """Whether chance explains a loss; never with so few examples that no loss at all could be significant."""
+    return p >= rules.significance > 0.5 ** both[0].examples
 
 
 def mean_drop(pairs: list[Pair], rules: Rules) -> Check:

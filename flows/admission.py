@@ -9,7 +9,7 @@ from flows.config import LineConfig
 from flows.versions import Version
 from flows.wiring import House
 from registry import intake
-from registry.files import read_json, shown
+from registry.files import MANIFEST, read_json, shown
 from registry.records import Expert, ExpertVersion, FoldinError, Refusal
 
 if TYPE_CHECKING:
@@ -33,11 +33,6 @@ class Admitted:
     head: "Checkpoint"  # those it lacks: the task's head
     moved: frozenset[str]  # names of the body's tensors that differ from the base's
     suite: "Suite"
-
-    @property
-    def dtypes(self) -> frozenset[str]:
-        """In which dtypes its body is stored."""
-        return frozenset(spec.dtype for spec in self.body.specs.values())
 
 
 def admit(
@@ -106,6 +101,15 @@ def _check_tags(base: Version, found: ExpertVersion, task: str, where: str) -> R
             found=task,
             remedy="register it again with a plain foldin.task",
         )
+    if found.tags.get("foldin.weight", "1").strip() not in {"", "1", "1.0"}:
+        return Refusal(
+            code="E_WEIGHT",
+            what="weights per expert are not supported yet",
+            where=where,
+            expected="no tag foldin.weight, or 1",
+            found=shown(found.tags["foldin.weight"]),
+            remedy="register it again without the tag",
+        )
     if found.status not in {"READY", "LoggedModelStatus.READY"}:
         return Refusal(
             code="E_SOURCE",
@@ -116,14 +120,21 @@ def _check_tags(base: Version, found: ExpertVersion, task: str, where: str) -> R
             remedy="finish the upload and register a new version",
         )
     declared = found.tags.get("foldin.base_sha256", "")
-    return intake.base_matches(declared, base_digests(base), where) if declared else None
+    return (
+        intake.base_matches(declared, base_digests(base.folder, base.memory.base_sha256), where) if declared else None
+    )
 
 
-def base_digests(base: Version) -> list[str]:
-    """What may be declared as the base: the content digest of its weights, or the SHA-256 of its one weight file."""
-    files = read_json(base.folder / "foldin/manifest.json")["files"]
+def base_digests(folder: Path, weights_sha256: str) -> list[str]:
+    """What may be declared as the base: the content digest of its weights, or the SHA-256 of its one weight file.
+
+    Args:
+        folder: of the version that holds the base.
+        weights_sha256: content digest of its weights.
+    """
+    files = read_json(folder / MANIFEST)["files"]
     weights = [digest for name, digest in files.items() if "/" not in name and name.endswith(".safetensors")]
-    return [base.memory.base_sha256, *(weights if len(weights) == 1 else [])]
+    return [weights_sha256, *(weights if len(weights) == 1 else [])]
 
 
 def _read(base: Version, task: str, files: intake.Admitted, named: "Suite | None", where: str) -> Admitted | Refusal:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from flows.versions import find_merge, open_version
 from flows.wiring import House
-from registry.lineage import open_moves
+from registry.lineage import open_moves, open_origins
 from registry.records import Event, FoldinError, Lease, Refusal
 
 Told = Callable[[str], None]
@@ -27,7 +27,8 @@ def follow(house: House, lease: Lease, move: Event) -> None:
         house.ledger.confirm(lease, move)
     except FoldinError as error:
         champion = house.ledger.line(lease.line).champion
-        if error.refusal.code == "E_FENCED" and champion not in (None, move.target):
+        late = house.mlflow.champion(lease.line) == move.target  # not when a newer run has moved it on meanwhile
+        if error.refusal.code == "E_FENCED" and late and champion not in (None, move.target):
             house.mlflow.point_champion(lease.line, champion)
         raise
 
@@ -69,14 +70,15 @@ def reconcile(house: House, lease: Lease, told: Told) -> bool:
     a rollback. Any other is reported and blocks the line: foldin does not fight people.
     """
     line = house.ledger.line(lease.line)
-    newest, overtaken = open_moves(house.ledger.events(lease.line))
+    events = house.ledger.events(lease.line)
+    newest, overtaken = open_moves(events)
     seen = house.mlflow.champion(lease.line)
     if newest is None or newest.target is None:
         return False
     if seen == newest.target:
         if not newest.done:
             house.ledger.confirm(lease, newest)
-    elif not newest.done and seen == newest.origin:
+    elif seen in open_origins(events):
         told(f"finishing the move of {lease.line}@champion to version {newest.target}")
         follow(house, lease, newest)
     elif any(seen == move.target for move in overtaken):

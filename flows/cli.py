@@ -86,7 +86,7 @@ def add(options: dict[str, Any], folder: Path, line: str, task: str, suite: Path
 
 
 @cli.command()
-@click.option("--limit", default=2, show_default=True, help="Flow runs at a time.")
+@click.option("--limit", default=8, show_default=True, help="Flow runs at a time.")
 @click.pass_obj
 def serve(options: dict[str, Any], limit: int) -> None:
     """Keep every line's deployments running: watch on an interval, nightly on its cron, rollback on demand."""
@@ -137,7 +137,7 @@ def merge(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
 
         outcome = merge_expert(line, str(options["config_file"]))
     if outcome is None:
-        _say(f"Nothing waits in {line}. `foldin watch {line}` looks for new experts.")
+        _say(f"Nothing can be folded in {line} now: none waits, or `foldin status {line}` says what is in the way.")
     _finish([outcome] if outcome else [], as_json)
 
 

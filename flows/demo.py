@@ -13,10 +13,12 @@ from flows.serve import temporary_prefect
 from flows.setup import write_line
 from flows.telling import bar, say, speak
 from flows.wiring import House, artifact_root, house, prepare_environment, tracking_uri
+from registry.records import FoldinError, Refusal
 
 if TYPE_CHECKING:
     from experiments.texts import TextTask
 
+HEADING = "# The demonstration line. Everything below is embedded: SQLite and local folders.\n"
 LINE = "demo"
 EXPERTS = "demo-experts"
 BAD, BROKEN = "line", "script"  # tasks of the expert trained on shuffled labels, and of the one with a NaN
@@ -59,21 +61,18 @@ def run(home: Path, base: Path | None, json_file: Path | None, *, debug: bool) -
     from experiments.zoo import base_folder
 
     folder = base_folder(base)
-    write_line(config_file, LINE, folder, [EXPERTS], None)
-    config = load(config_file)
-    story.chapter("Fine-tuning five experts from one base (kept for the next run)")
-    trained = _train(folder, home / "cache", story)
-    story.chapter("Starting the line: the base becomes version 1")
-    _start(config_file, config)
-    with temporary_prefect(config):
-        _live(config_file, config, folder, trained, story)
+    with temporary_prefect(load(config_file)):  # before anything imports prefect
+        _live(config_file, folder, story)
     _close(config_file, json_file, story)
 
 
-def _live(
-    config_file: Path, config: Config, base: Path, trained: "Mapping[str, tuple[TextTask, Path]]", story: Story
-) -> None:
+def _live(config_file: Path, base: Path, story: Story) -> None:
     """What the line goes through: five experts, two bad ones, back and forth, and the comparison at the end."""
+    config = write_line(config_file, LINE, base, [EXPERTS], None)
+    story.chapter("Fine-tuning five experts from one base (kept for the next run)")
+    trained = _train(base, config_file.parent.parent / "cache", story)
+    story.chapter("Starting the line: the base becomes version 1")
+    _start(config_file, config)
     story.chapter("Each expert is registered with a plain MLflow client; the watch flow finds it and folds it")
     _fold_all(config_file, config, trained, story)
     story.chapter("An expert trained on shuffled labels, and one with a NaN")
@@ -86,10 +85,14 @@ def _live(
 
 def _fresh(home: Path) -> Path:
     """The configuration file of a new run."""
+    config_file = home / "run/foldin.toml"
+    ours = config_file.exists() and config_file.read_text(encoding="utf-8").startswith(HEADING)
+    if (home / "run").exists() and not ours:
+        what, remedy = "the folder is not an earlier demonstration's", "choose another folder with --home"
+        raise FoldinError(Refusal("E_CONFIG", what, str(home / "run"), remedy=remedy))
     shutil.rmtree(home / "run", ignore_errors=True)
     (home / "run").mkdir(parents=True)
-    config_file = home / "run/foldin.toml"
-    config_file.write_text("# The demonstration line. Everything below is embedded: SQLite and local folders.\n")
+    config_file.write_text(HEADING, encoding="utf-8")
     return config_file
 
 

@@ -64,8 +64,11 @@ def check_line(house: House, line: str) -> Iterator[Refusal]:
 
 def _check_versions_of(house: House, line: str, registered: set[int]) -> Iterator[Refusal]:
     known = {merge.version for merge in house.ledger.merges(line) if merge.version is not None}
-    for version in sorted(registered - known):
-        remedy = "leave it, or tag it retired; foldin folds only into versions that it registered"
+    never_promoted = {
+        house.mlflow.registered(line, merge.merge_key) for merge in house.ledger.merges(line) if merge.version is None
+    }
+    for version in sorted(registered - known - never_promoted):
+        remedy = "leave it; foldin folds only into versions that it registered"
         yield Refusal(
             "E_VERSION", "MLflow has a version that the ledger does not know", f"{line} v{version}", remedy=remedy
         )

@@ -2,7 +2,7 @@
 
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -51,7 +51,7 @@ def fold(
     if overlap is None:
         shutil.rmtree(scratch, ignore_errors=True)
         plan = _plan(settings, base, parent, expert)
-        stats, measures = _fold_state(folder / STATE_FOLDER, plan, expert.body, progress)
+        stats, measures = _fold_state(folder / STATE_FOLDER, plan, expert, progress)
         weights_sha256 = _materialise(folder, plan, stats, progress)
         _copy_companions(base.folder, parent.folder, folder)
         _write_head(folder, expert)
@@ -93,7 +93,7 @@ class _Plan:
     names: tuple[str, ...]  # the tensors that this expert or an earlier one moved, sorted
     projected: frozenset[str]
     stats: "Stats"  # the parent's
-    stored: str  # the coarsest dtype that any expert so far was stored in, this one included
+    stored: Mapping[str, str]  # tensor -> the coarsest dtype an expert stored it in, where coarser than the base's
 
     def state(self, slots: "Mapping[str, Tensor]", name: str) -> "State | None":
         """One tensor's state among some slots; None where no expert moved it."""
@@ -106,7 +106,8 @@ class _Plan:
         from merging.fold import role_of
         from registry.weights import DTYPES
 
-        return role_of(base, name in self.projected, self.stats.count, DTYPES[self.stored])
+        stored = DTYPES[self.stored[name]] if name in self.stored else None
+        return role_of(base, name in self.projected, self.stats.count, stored)
 
 
 def _plan(settings: LineConfig, base: Version, parent: Version, expert: Admitted) -> _Plan:
@@ -129,18 +130,25 @@ def _plan(settings: LineConfig, base: Version, parent: Version, expert: Admitted
         names=tuple(folded),
         projected=frozenset(projected_weights(settings, base)),
         stats=Stats(*parent.memory.stats),
-        stored=_coarsest([parent.memory.stored, *(weights.specs[name].dtype for name in folded), *expert.dtypes]),
+        stored=_coarsest(weights.specs, parent.memory.stored, expert),
     )
 
 
-def _coarsest(names: Iterable[str]) -> str:
-    """The float dtype with the largest rounding step, by its safetensors name."""
+def _coarsest(base: "Mapping[str, TensorSpec]", earlier: Mapping[str, str], expert: Admitted) -> dict[str, str]:
+    """Per tensor the coarsest float dtype an expert stored it in, where it is coarser than the base's."""
     import torch
 
     from registry.weights import DTYPES
 
-    known = [name for name in names if name in DTYPES and DTYPES[name].is_floating_point]
-    return max(known, key=lambda name: float(torch.finfo(DTYPES[name]).eps), default="F32")
+    def step(dtype: str) -> float:
+        return float(torch.finfo(DTYPES[dtype]).eps)
+
+    stored = dict(earlier)
+    for name in expert.moved:
+        own, known = expert.body.specs[name].dtype, stored.get(name, base[name].dtype)
+        if DTYPES[own].is_floating_point and step(own) > step(known):
+            stored[name] = own
+    return stored
 
 
 def _check_method(settings: LineConfig, parent: Version) -> None:
@@ -158,9 +166,7 @@ def _check_method(settings: LineConfig, parent: Version) -> None:
         )
 
 
-def _fold_state(
-    folder: Path, plan: _Plan, expert: "Checkpoint", progress: Progress
-) -> "tuple[Stats, dict[str, Measure]]":
+def _fold_state(folder: Path, plan: _Plan, expert: Admitted, progress: Progress) -> "tuple[Stats, dict[str, Measure]]":
     """First pass: base, the parent's slots and the expert in; the new slots and the sums out."""
     from merging.fold import advance
     from registry.writer import plan_layout, write_checkpoint
@@ -175,7 +181,7 @@ def _fold_state(
 
 
 def _slots(
-    order: list[str], plan: _Plan, expert: "Checkpoint", measures: "dict[str, Measure]", progress: Progress
+    order: list[str], plan: _Plan, expert: Admitted, measures: "dict[str, Measure]", progress: Progress
 ) -> "Iterator[tuple[str, Tensor]]":
     """The new slots in the order of the file; a tensor is folded when its first slot is due."""
     from merging.fold import fold_tensor
@@ -185,10 +191,10 @@ def _slots(
         name, _, slot = key.rpartition(":")
         if name != current:
             base = plan.base[name].to(plan.device)
-            moved = expert[name].to(plan.device)
-            state, measures[name] = fold_tensor(
-                plan.method, base, plan.state(plan.slots, name), moved, plan.role(name, base)
-            )
+            moved = expert.body[name].to(plan.device) if name in expert.moved else base
+            with _blamed(name):
+                earlier, role = plan.state(plan.slots, name), plan.role(name, base)
+                state, measures[name] = fold_tensor(plan.method, base, earlier, moved, role)
             current = name
             progress(len(measures), steps)
         assert state is not None
@@ -241,7 +247,8 @@ def _materialise(folder: Path, plan: _Plan, stats: "Stats", progress: Progress) 
         done += 1
         progress(done, len(plan.names) + len(plan.base))
         base = plan.base[name].to(plan.device)
-        merged = read_tensor(plan.method, base, plan.state(slots, name), stats)
+        with _blamed(name):
+            merged = read_tensor(plan.method, base, plan.state(slots, name), stats)
         found = check_finite(name, merged)  # the cast to the base's dtype can overflow
         if found:
             raise FoldinError(_unfoldable(name, "the merged tensor is not finite", found.found))

@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,11 +23,13 @@ from flows.starting import check_settings
 from flows.telling import bar, say
 from flows.versions import Version, chain, open_version
 from flows.wiring import House, house, merge_key
+from registry.files import shown, sweep
 from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Refusal, Report, Verdict
 
 if TYPE_CHECKING:
     from evaluation.report import Record
 
+DAY = 86400.0  # seconds
 MAX_ATTEMPTS = 3  # an expert that ended so many runs without a word is set aside, so that the next one can go on
 
 TAG_PATIENCE = 10.0  # seconds between creating a version and tagging it that a client may take
@@ -65,13 +69,15 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
     """
     at = house(config_file)
     settings = at.config.line(line)
+    at.ledger.line(line)
     check_settings(settings, line)
     with held(at, line, told=say) as lease:
         waiting = at.ledger.experts(line, ExpertState.PENDING)
         if not waiting or not reconcile(at, lease, say):
             return None
         try:
-            return fold_expert(at, settings, lease, waiting[0])
+            with surroundings():
+                return fold_expert(at, settings, lease, waiting[0])
         except FoldinError as error:
             # What is the expert's fault is a refusal by now; this is not, so it does not count against the expert.
             if error.refusal.code != "E_FENCED":
@@ -80,6 +86,22 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
         except (KeyboardInterrupt, TerminationSignal):
             at.ledger.clear_attempts(lease, waiting[0])  # a person or the platform ended the run, not the expert
             raise
+
+
+@contextmanager
+def surroundings() -> Iterator[None]:
+    """Turn what the machine does to a run (disk, memory, network) into a typed error, which is no expert's fault."""
+    from httpx import HTTPError
+    from torch import OutOfMemoryError
+
+    try:
+        yield
+    except (OSError, HTTPError) as error:
+        what, remedy = "the system refused something", "free space, or repair what it names, and run this again"
+        raise FoldinError(Refusal("E_SYSTEM", what, found=shown(str(error)), remedy=remedy)) from error
+    except (OutOfMemoryError, MemoryError) as error:
+        what, remedy = "there is not enough memory", "free some, or set device to one that has more"
+        raise FoldinError(Refusal("E_MEMORY", what, found=shown(str(error)), remedy=remedy)) from error
 
 
 def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -> dict[str, Any] | None:
@@ -145,6 +167,9 @@ def admit_expert(work: Work) -> Admitted | Refusal:
 def fold_tensors(work: Work, admitted: Admitted) -> Candidate | Refusal:
     """The candidate, folded tensor by tensor, or why that cannot be; what earlier merges left behind is removed."""
     scratch = work.house.work(work.lease.line) / work.key(admitted)
+    with work.house.ledger.leases.fenced(work.lease):  # the folder is the holder's alone
+        pass
+    sweep(work.house.experts, age=DAY)
     for folder in scratch.parent.glob("*"):
         if folder != scratch:
             shutil.rmtree(folder)
@@ -196,20 +221,19 @@ def conclude(work: Work, admitted: Admitted, candidate: Candidate, scores: Score
     show(at, lease.line, work.settings, run, expert, candidate.folder, record, inputs)
     showing.judged(lease.line, expert, record, candidate.folder)
     if verdict.passed:
-        outcome = promote(work, key, candidate, record)
+        outcome = promote(work, key, run, candidate, record)
     else:
         outcome = settle(at, lease, expert, ExpertState.REJECTED, "E_GATE", verdict.reason)
     shutil.rmtree(candidate.folder.parent, ignore_errors=True)
     return outcome
 
 
-def promote(work: Work, key: str, candidate: Candidate, record: "Record") -> dict[str, Any]:
+def promote(work: Work, key: str, run: str, candidate: Candidate, record: "Record") -> dict[str, Any]:
     """Register a version that passed, commit it to the ledger, move the alias: in this order, each step repeatable."""
     at, line, expert = work.house, work.lease.line, work.expert
     assert record.verdict is not None
-    manifest = write_version_manifest(candidate.folder, line, key, work.parent, record.verdict)
-    run = at.mlflow.run_for(line, key, "", {})
-    version = register(at, line, key, run, candidate.folder, metrics_of(record), expert.name)
+    write_version_manifest(candidate.folder, line, key, work.parent, record.verdict)
+    version, manifest = register(at, line, key, run, candidate.folder, metrics_of(record), expert.name)
     follow(at, work.lease, at.ledger.commit(work.lease, key, version, manifest))
     say(f"{expert.name}: folded; {line} v{version} is champion")
     return {"expert": expert.name, "state": str(ExpertState.FOLDED), "reason": "", "version": version}

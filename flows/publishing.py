@@ -1,14 +1,16 @@
 """From a judged candidate to what people see: report and pictures, the MLflow run, the registered version."""
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.config import LineConfig
 from flows.folding import Candidate
-from flows.versions import MANIFEST_FILE, REPORT_FILE, Memory, Version
-from flows.wiring import House
-from registry.files import read_json, sha256_file, write_atomic, write_json, write_manifest
+from flows.versions import REPORT_FILE, Memory, Version
+from flows.wiring import CODE_FORMAT, House
+from registry.files import MANIFEST, read_json, sha256_file, verify_manifest, write_atomic, write_json, write_manifest
 from registry.records import Expert, FoldinError, Refusal, Report, Verdict
 
 if TYPE_CHECKING:
@@ -28,12 +30,17 @@ def write_report(candidate: Candidate, parent: Version, report: Report, champion
         champion: the champion's, for the bars beside the candidate's.
         verdict: the gate's.
     """
-    from evaluation.metrics import summary
+    from evaluation.metrics import negative_flip_rate, summary
     from evaluation.page import as_html
     from evaluation.report import Record, as_json
 
     matrix = [*matrix_of(parent), {task: score.value for task, score in report.scores.items()}]
-    record = Record(report, verdict, matrix, summary(matrix, arrivals(candidate.memory)))
+    flips = {
+        f"negative_flips.{task}": negative_flip_rate(before, report.scores[task])
+        for task, before in champion.scores.items()
+        if task in report.scores and not (before.error or report.scores[task].error)
+    }
+    record = Record(report, verdict, matrix, {**summary(matrix, arrivals(candidate.memory)), **flips})
     folder = candidate.folder
     write_json(folder / REPORT_FILE, {**as_json(record), "overlap": candidate.overlap})
     plots = draw(folder / PLOTS, candidate.memory, matrix, report, champion)
@@ -131,22 +138,24 @@ def write_version_manifest(folder: Path, line: str, merge_key: str, parent: Vers
             "suites": dict(memory.suites),
             "verdict": verdict.outcome,
             "profile": dict(memory.profile),
+            "code": {"format": CODE_FORMAT, "version": importlib.metadata.version("foldin")},
         },
     )
 
 
 def register(
     house: House, line: str, merge_key: str, run_id: str, folder: Path, metrics: Mapping[str, float], expert: str
-) -> int:
-    """The registered version of a finished folder; found again when an earlier try got that far.
+) -> tuple[int, str]:
+    """The registered version of a finished folder and its manifest's digest; found again when a run got that far.
+
+    What is found may have been made under another numerics profile, so it is judged by its own manifest.
 
     Raises:
-        FoldinError: E_DIGEST when the version that carries this merge key holds something else.
+        FoldinError: E_DIGEST when the version that carries this merge key is damaged or another merge's.
     """
-    manifest = sha256_file(folder / MANIFEST_FILE)
     memory = Memory.read(folder)
     tags = {
-        "foldin.manifest_sha256": manifest,
+        "foldin.manifest_sha256": sha256_file(folder / MANIFEST),
         "foldin.weights_sha256": memory.weights_sha256,
         "foldin.base_sha256": memory.base_sha256,
         "foldin.experts": str(len(memory.experts)),
@@ -157,20 +166,14 @@ def register(
     last = memory.experts[-1] if memory.experts else None
     told = f"+ {last.task} ({last.model} v{last.version}); {len(memory.experts)} experts in all" if last else "the base"
     version = house.mlflow.publish(line, merge_key, run_id, folder, description=told, metrics=metrics, tags=tags)
-    found = sha256_file(house.mlflow.folder(line, version) / MANIFEST_FILE)
-    if found != manifest:
-        raise FoldinError(
-            Refusal(
-                code="E_DIGEST",
-                what="the version registered under this merge key holds something else",
-                where=f"{line} v{version}",
-                file=MANIFEST_FILE,
-                expected=manifest[:12],
-                found=found[:12],
-                remedy=f"delete the tag foldin.merge_key of {line} v{version} if foldin did not register it",
-            )
-        )
-    return version
+    stored = house.mlflow.folder(line, version)
+    wrong = verify_manifest(stored)
+    if not wrong and read_json(stored / MANIFEST)["merge_key"] != merge_key:
+        wrong = [Refusal("E_DIGEST", "the version that carries this merge key is another merge's", file=MANIFEST)]
+    if wrong:
+        remedy = f"delete the tag foldin.merge_key of {line} v{version}; foldin then registers the merge again"
+        raise FoldinError(replace(wrong[0], where=f"{line} v{version}", remedy=remedy))
+    return version, sha256_file(stored / MANIFEST)
 
 
 def _value(report: Report, task: str) -> float:

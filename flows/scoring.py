@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from flows.admission import Admitted, suite_of
 from flows.config import LineConfig
 from flows.versions import HEADS, Folded, Memory, Version
-from flows.wiring import House
+from flows.wiring import CODE_FORMAT, House
 from registry import intake
 from registry.files import read_json, write_json
 from registry.records import FoldinError, Refusal, Report, TaskScore, plain
@@ -54,6 +54,8 @@ def known_tasks(house: House, settings: LineConfig, memory: Memory, folder: Path
         owner = memory.owner(name)
         assert owner is not None
         suite = suite_of(settings, name, _copy_of(house, owner), f"suite of task {name}")
+        if name not in settings.suites:
+            _check_suite(suite, memory.suites[name])
         tasks[name] = _task(suite, folder)
     return tasks
 
@@ -146,8 +148,30 @@ def _task(suite: "Suite", folder: Path) -> Task:
     return Task(suite, head, content_sha256(head)[0])
 
 
+def _check_suite(suite: "Suite", recorded: str) -> None:
+    """Nothing, when a task is still measured by the suite that its version was judged by."""
+    if suite.sha256 != recorded:
+        raise FoldinError(
+            Refusal(
+                code="E_DIGEST",
+                what="the task's suite is not the one that the version was judged by",
+                where=f"suite of task {suite.task}",
+                expected=recorded[:12],
+                found=suite.sha256[:12],
+                remedy="restore it, or name the suite that shall measure the task in the line's [suites]",
+            )
+        )
+
+
 def _key(base: Version, subject: Subject, task: Task) -> str:
-    parts = (task.suite.task, base.memory.base_sha256, subject.weights_sha256, task.suite.sha256, task.head_sha256)
+    parts = (
+        str(CODE_FORMAT),
+        task.suite.task,
+        base.manifest_sha256,
+        subject.weights_sha256,
+        task.suite.sha256,
+        task.head_sha256,
+    )
     return hashlib.sha256(":".join(parts).encode()).hexdigest()
 
 

@@ -1,5 +1,6 @@
 """What keeps running: the deployments of every line, and the pages to look at."""
 
+import logging
 import socket
 import subprocess
 import sys
@@ -37,12 +38,15 @@ def deployments(config: Config, config_file: str) -> list[Any]:
     `watch` runs on its interval when the trigger is on-register, `nightly` on its cron unless the trigger is manual;
     whatever is not scheduled runs when asked.
     """
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.schedules import Cron
     from prefect.types.entrypoint import EntrypointType
 
     from flows.rollback import rollback
     from flows.watch import nightly, watch
 
+    # A look that comes while the last one still folds would only wait: it is dropped, the next one finds the same.
+    once = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     found = []
     for line, settings in config.lines.items():
         common: dict[str, Any] = {"tags": ["foldin", line], "entrypoint_type": EntrypointType.MODULE_PATH}
@@ -50,7 +54,7 @@ def deployments(config: Config, config_file: str) -> list[Any]:
         interval = timedelta(seconds=settings.interval) if settings.trigger == "on-register" else None
         cron = Cron(settings.schedule, timezone=settings.timezone) if settings.trigger != "manual" else None
         found += [
-            watch.to_deployment(line, parameters=parameters, interval=interval, **common),
+            watch.to_deployment(line, parameters=parameters, interval=interval, concurrency_limit=once, **common),
             nightly.to_deployment(line, parameters=parameters, schedule=cron, **common),
             rollback.to_deployment(line, parameters={**parameters, "because": "asked for in Prefect"}, **common),
         ]
@@ -117,6 +121,7 @@ def _prefect(config: Config, page: Page, command: list[str], environment: Mappin
     """The API that PREFECT_API_URL names, or that of a new server, named there while the block runs."""
     named = wiring.prefect_api_url()
     if named:
+        _check_answers(named)
         yield named
         return
     with _running(config, page, command, environment) as url:
@@ -125,6 +130,9 @@ def _prefect(config: Config, page: Page, command: list[str], environment: Mappin
             yield f"{url}/api"
         finally:
             wiring.use_prefect_api(None)
+            # Prefect sends log lines from a thread of its own; those still on their way would find no server.
+            for handler in logging.getLogger("prefect.flow_runs").handlers:
+                handler.flush()
 
 
 @contextmanager
@@ -150,6 +158,16 @@ def _running(config: Config, page: Page, command: list[str], environment: Mappin
     finally:
         server.stdin.close()
         server.wait()
+
+
+def _check_answers(url: str) -> None:
+    """Nothing, when the Prefect API that the environment names answers."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10):
+            return
+    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+        what, remedy = "the Prefect API does not answer", "start that server, or unset PREFECT_API_URL"
+        raise FoldinError(Refusal("E_SERVER", what, url, found=str(error), remedy=remedy)) from error
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
+from flows.admission import base_digests
 from flows.champion import follow
 from flows.config import LineConfig
 from flows.folding import numerics_profile
@@ -28,25 +29,56 @@ def start(house: House, line: str, settings: LineConfig) -> int:
             before that, as `check_settings`.
     """
     check_settings(settings, line)
-    known = next((merge.version for merge in house.ledger.merges(line) if merge.version), None)
-    if known is not None and house.ledger.line(line).champion is not None:
+    known = _started(house, line, settings)
+    if known is not None:
         return known
     copy = _admit(house, line, settings)
     digest = _digest(copy, line, settings)
+    key = merge_key(line, "", digest, "", "", settings)
+    _check_name_is_free(house, line, key)
     house.ledger.add_line(line, digest)
     with held(house, line, told=say) as lease:
-        key = merge_key(line, "", digest, "", "", settings)
+        known = _started(house, line, settings)  # another process may have been first
+        if known is not None:
+            return known
         verdict = Verdict(Outcome.PASSED)
         house.ledger.record_verdict(lease, Merge(key, line, None, None, verdict))
         scratch = house.work(line) / key
         folder = _build(scratch / "candidate", copy, settings, digest)
-        manifest = write_version_manifest(folder, line, key, None, verdict)
+        write_version_manifest(folder, line, key, None, verdict)
         run = house.mlflow.run_for(line, key, f"{line}: base", {"foldin.verdict": "passed"})
-        house.mlflow.show(run, params={"line": line, "base": settings.base}, metrics={}, tags={}, artifacts=[])
-        version = register(house, line, key, run, folder, {}, "")
+        house.mlflow.show(run, params={"line": line, "base": digest}, metrics={}, tags={}, artifacts=[])
+        version, manifest = register(house, line, key, run, folder, {}, "")
         follow(house, lease, house.ledger.commit(lease, key, version, manifest))
         shutil.rmtree(scratch, ignore_errors=True)
     return version
+
+
+def _started(house: House, line: str, settings: LineConfig) -> int | None:
+    """The version that holds the line's base, when the line was started; it must be the base that is configured."""
+    root = next((each.version for each in house.ledger.merges(line) if each.parent is None and each.version), None)
+    if root is None or house.ledger.line(line).champion is None:
+        return None
+    if settings.base_sha256:
+        accepted = base_digests(house.mlflow.folder(line, root), house.ledger.line(line).base_sha256)
+        _check_base(settings, line, accepted)
+    return root
+
+
+def _check_name_is_free(house: House, line: str, key: str) -> None:
+    """Nothing, when MLflow holds nothing under the line's name but what an interrupted start of it left there."""
+    mine = house.mlflow.registered(line, key)
+    strange = [version for version in house.mlflow.versions(line) if version != mine]
+    if strange or house.mlflow.champion(line) is not None:
+        raise FoldinError(
+            Refusal(
+                code="E_ALIAS",
+                what="MLflow has a registered model of the line's name that this ledger does not know",
+                where=f"line {line}",
+                found=f"{len(strange)} other versions" if strange else "an alias champion",
+                remedy="restore the ledger that belongs to it (ledger_url, home), or choose another name for the line",
+            )
+        )
 
 
 def check_settings(settings: LineConfig, line: str) -> None:
@@ -152,19 +184,22 @@ def _digest(copy: intake.Admitted, line: str, settings: LineConfig) -> str:
         remedy = f"give a base whose values are all finite in [lines.{line}]"
         raise FoldinError(Refusal(found.code, found.what, where, "", found.tensor, found.expected, found.found, remedy))
     files = [sha for name, sha in copy.files_sha256.items() if name.endswith(".safetensors")]
-    accepted = [digest, *(files if len(files) == 1 else [])]
+    _check_base(settings, line, [digest, *(files if len(files) == 1 else [])])
+    return digest
+
+
+def _check_base(settings: LineConfig, line: str, accepted: list[str]) -> None:
     if settings.base_sha256 and settings.base_sha256 not in accepted:
         raise FoldinError(
             Refusal(
                 code="E_BASE",
                 what="the base has another digest than foldin.toml names",
-                where=where,
+                where=f"base of line {line}",
                 expected=settings.base_sha256,
                 found=" or ".join(accepted),
                 remedy=f"restore the base, or correct base_sha256 in [lines.{line}]",
             )
         )
-    return digest
 
 
 def _build(folder: Path, copy: intake.Admitted, settings: LineConfig, digest: str) -> Path:

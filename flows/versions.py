@@ -44,7 +44,7 @@ class Memory:
     experts: tuple[Folded, ...] = ()  # in the order of folding
     suites: Mapping[str, str] = field(default_factory=dict)  # task -> digest of the suite it is measured by
     profile: Mapping[str, str] = field(default_factory=dict)  # the numerics profile: same profile, same bytes
-    stored: str = "F64"  # the coarsest dtype an expert was stored in; its rounding is the fold's noise floor
+    stored: Mapping[str, str] = field(default_factory=dict)  # tensor -> the experts' coarsest dtype
 
     @classmethod
     def read(cls, folder: Path) -> "Memory":

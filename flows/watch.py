@@ -55,14 +55,16 @@ def fold_pending(line: str, config_file: str) -> list[dict[str, Any]]:
     shown = create_progress_artifact(0.0, key="folding", description=f"{line}: {waiting} waiting")
     assert isinstance(shown, UUID), "inside a synchronous flow it is no coroutine"
     crashes = 0
-    while crashes <= MAX_ATTEMPTS and at.ledger.experts(line, ExpertState.PENDING):
+    while at.ledger.experts(line, ExpertState.PENDING):
         try:
             outcome = merge_expert(line, config_file)
-        except (RuntimeError, ValueError, MemoryError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
             # The expert's fault until proven otherwise: after MAX_ATTEMPTS it is set aside and the next one is folded.
             get_run_logger().exception("the fold failed")
             say(f"line {line}: the fold failed: {error}")
             crashes += 1
+            if crashes > MAX_ATTEMPTS:
+                raise
             continue
         if outcome is None:
             break

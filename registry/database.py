@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DatabaseError, IntegrityError, InterfaceError
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, InterfaceError, NoSuchModuleError
 
 from registry.records import FoldinError, Refusal
 
@@ -28,7 +28,7 @@ def connect(url: str, patience: float = 30.0) -> Engine:
     Raises:
         FoldinError: E_LEDGER when the database cannot be opened or stays locked.
     """
-    parsed = make_url(url)
+    parsed = _parsed(url)
     if parsed.drivername == "sqlite":
         Path(parsed.database or "").parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(url, connect_args={"timeout": patience})
@@ -39,6 +39,28 @@ def connect(url: str, patience: float = 30.0) -> Engine:
     with translated(engine):
         _migrate(engine)
     return engine
+
+
+def _parsed(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+        parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise FoldinError(_unusable(url, str(error))) from error
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise FoldinError(_unusable(url, parsed.get_backend_name()))
+    return parsed
+
+
+def _unusable(url: str, found: str) -> Refusal:
+    return Refusal(
+        code="E_CONFIG",
+        what="ledger_url names no database that the ledger can be kept in",
+        where="[registry] of foldin.toml",
+        expected="sqlite:///path or postgresql+psycopg://user@host/name",
+        found=found.splitlines()[0],
+        remedy="correct ledger_url",
+    )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
@@ -143,9 +144,15 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def sweep(folder: Path) -> list[str]:
-    """Remove what killed writers left directly in `folder`; the names removed. Call it while nobody writes there."""
-    orphans = sorted(folder.glob(".*.tmp"))
+def sweep(folder: Path, age: float = 0.0) -> list[str]:
+    """Remove what killed writers left directly in `folder`; the names removed.
+
+    Args:
+        folder: where to look.
+        age: seconds since the last change, so that what others write there now stays; 0 while nobody writes there.
+    """
+    latest = time.time() - age
+    orphans = sorted(path for path in folder.glob(".*.tmp") if path.lstat().st_mtime <= latest)
     for orphan in orphans:
         shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
     return [orphan.name for orphan in orphans]

@@ -7,7 +7,7 @@ gives progress, the fence gives safety. Times come from the database.
 import json
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from registry import database
 from registry.leases import Leases
@@ -139,7 +139,7 @@ class Ledger:
     def note_digest(self, lease: Lease, expert: Expert, digest: str) -> Expert | None:
         """Store the content digest of an expert's weights; returns an earlier expert with the same weights, if any."""
         self._on_expert(lease, expert, {"digest": digest})
-        decided = {ExpertState.FOLDED, ExpertState.REJECTED, ExpertState.ROLLED_BACK}
+        decided = {ExpertState.FOLDED, ExpertState.ROLLED_BACK}  # what was rejected may be judged again
         return next(
             (
                 other
@@ -203,6 +203,7 @@ class Ledger:
                 .values(version=version, manifest_sha256=manifest_sha256)
             )
             merge = tx.execute(select(merges).where(merges.c.merge_key == merge_key)).one()
+            _check_parent(tx, lease.line, merge.parent)
             kind = "init" if merge.parent is None else "fold"
             return move_champion(tx, lease, kind, version, because="", who="foldin")
 
@@ -225,3 +226,19 @@ class Ledger:
     def _on_expert(self, lease: Lease, expert: Expert, values: dict[str, Any]) -> None:
         with self.leases.fenced(lease) as tx:
             tx.execute(update(experts).where(experts.c.id == expert.id).values(**values))
+
+
+def _check_parent(tx: Connection, line: str, parent: int | None) -> None:
+    """A fold is committed only onto the version that it folded into; anything else would undo what came between."""
+    champion = tx.execute(select(lines.c.champion).where(lines.c.name == line)).scalar_one()
+    if champion != parent:
+        raise FoldinError(
+            Refusal(
+                code="E_FENCED",
+                what="the champion changed while this run folded; it may not be promoted",
+                where=f"line {line}",
+                expected=f"version {parent}" if parent else "no champion yet",
+                found=f"version {champion}",
+                remedy="run the watch again; the expert is folded into the champion there is now",
+            )
+        )

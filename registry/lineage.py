@@ -55,3 +55,13 @@ def open_moves(events: Iterable[Event]) -> tuple[Event | None, list[Event]]:
     """
     moves = [event for event in events if event.target is not None]
     return (moves[-1] if moves else None), [move for move in moves[:-1] if not move.done]
+
+
+def open_origins(events: Iterable[Event]) -> set[int | None]:
+    """Where the alias may still stand because the newest moves were each cut off before it followed."""
+    origins: set[int | None] = set()
+    for move in reversed([event for event in events if event.target is not None]):
+        if move.done:
+            break
+        origins.add(move.origin)
+    return origins

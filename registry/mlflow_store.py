@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlparse
 
 import mlflow
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
@@ -75,9 +76,16 @@ class MlflowStore:
         Raises:
             FoldinError: E_SOURCE when there is nothing at the source.
         """
+        target = self._cache / "experts" / expert.model / str(expert.version)
         with self._reached():
-            uri = self._client.get_model_version_download_uri(expert.model, str(expert.version))
-            return self._local(uri, expert.name, self._cache / "experts" / expert.model / str(expert.version))
+            try:
+                uri = self._client.get_model_version_download_uri(expert.model, str(expert.version))
+                get_artifact_repository(uri)  # raises for a scheme that nobody serves
+                return self._local(uri, expert.name, target)
+            except MlflowException as error:
+                if _unreachable(error):
+                    raise
+                raise FoldinError(_nothing_there(expert.name, shown(str(error)))) from error
 
     # a line's versions
 
@@ -190,8 +198,8 @@ class MlflowStore:
             model = self._logged_model(line, merge_key, run_id, shown)
             if str(model.status) != "READY":
                 self._upload(model, folder)
-                self._client.finalize_logged_model(model.model_id, "READY")
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+                self._client.finalize_logged_model(model.model_id, "READY")
             for key, value in metrics.items():
                 self._client.log_metric(run_id, key, value, model_id=model.model_id)
             self._ensure_model(line)
@@ -227,7 +235,7 @@ class MlflowStore:
         """Turn whatever MLflow raises into one typed error."""
         try:
             yield
-        except (MlflowException, OSError) as error:
+        except (MlflowException, OSError, BotoCoreError, ClientError) as error:
             raise FoldinError(
                 Refusal(
                     code="E_MLFLOW",
@@ -266,11 +274,7 @@ class MlflowStore:
         if parsed.scheme in {"", "file"}:
             folder = Path(unquote(parsed.path))
             if not folder.is_dir():
-                what, remedy = (
-                    "there are no artifacts at the version's source",
-                    "upload them and register a new version",
-                )
-                raise FoldinError(Refusal("E_SOURCE", what, where, found=uri, remedy=remedy))
+                raise FoldinError(_nothing_there(where, uri))
             return folder
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as scratch:
@@ -303,8 +307,9 @@ class MlflowStore:
     def _logged_model(self, line: str, merge_key: str, run_id: str, tags: dict[str, str]) -> LoggedModel:
         experiment = self._experiment(line)
         found = self._client.search_logged_models([experiment], filter_string=f"tags.`{MERGE_KEY}` = '{merge_key}'")
-        if found:
-            return found[0]
+        ready = [model for model in found if str(model.status) == "READY"]
+        if ready:  # one that is not was left by a run that died, perhaps on another machine with other bytes
+            return ready[0]
         return self._client.create_logged_model(
             experiment, name=line, source_run_id=run_id, tags=tags, model_type="merged"
         )
@@ -325,6 +330,17 @@ class MlflowStore:
 
 def _missing(error: MlflowException) -> bool:
     return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+
+
+def _unreachable(error: MlflowException) -> bool:
+    """Whether the server is the trouble, not what was asked of it."""
+    text = str(error)
+    return "API request to" in text or "Max retries" in text or "timed out" in text
+
+
+def _nothing_there(where: str, found: str) -> Refusal:
+    what, remedy = "there are no artifacts at the version's source", "upload them and register a new version"
+    return Refusal("E_SOURCE", what, where, found=found, remedy=remedy)
 
 
 def _quoted(name: str) -> str:

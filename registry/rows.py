@@ -55,6 +55,10 @@ def move_champion(tx: Connection, lease: Lease, kind: str, target: int, because:
     """Make a version the champion inside a fenced transaction; the alias follows once this is committed."""
     origin = tx.execute(select(lines.c.champion).where(lines.c.name == lease.line)).scalar_one()
     tx.execute(update(lines).where(lines.c.name == lease.line).values(champion=target))
+    waiting = (experts.c.line == lease.line) & (experts.c.state == ExpertState.PENDING)
+    tx.execute(
+        update(experts).where(waiting).values(attempts=0)
+    )  # who takes the line over ends other runs, not experts
     _settle_ancestry(tx, lease.line, target, f"the champion was moved from version {origin} to {target}: {because}")
     return note(tx, lease, kind, because=because, who=who, origin=origin, target=target, done=False)
 
