@@ -311,6 +311,14 @@ def test_a_run_that_slept_beyond_its_lease_ends_fenced(stocked, forge, undisturb
     assert look_at(stocked) == undisturbed(stocked)
 
 
+def test_two_that_start_a_line_at_the_same_time_start_it_once(stocked, forge, undisturbed):
+    sleeper, ended = forge.life(stocked, signal.SIGSTOP, ("registry.ledger", "Ledger.add_line", "after", 1))
+    assert ended is None
+    assert forge.life(stocked)[1] == 0, forge.said()
+    assert forge.wake(sleeper)[1] == 0
+    assert look_at(stocked) == undisturbed(stocked)
+
+
 def test_interrupted_by_a_person_any_number_of_times_no_expert_is_blamed(stocked, forge, undisturbed):
     for _ in range(4):
         assert forge.life(stocked, signal.SIGINT, ("flows.merge", "score_models", "before", 1))[1] == 130, forge.said()

@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.plain_client import champion, move_alias, register_expert
@@ -70,7 +71,7 @@ def test_experts_are_folded_in_order_once_and_their_lineage_is_in_mlflow(at, zoo
         client.get_model_version(*each).source.removeprefix("models:/")
         for each in (("tiny", "2"), ("tiny-experts", "2"))
     ]
-    assert [each.model_id for each in run.inputs.model_inputs] == sources
+    assert {each.model_id for each in run.inputs.model_inputs} == set(sources)
     assert [each.model_id for each in run.outputs.model_outputs] == [version.source.removeprefix("models:/")]
     assert version.tags["foldin.manifest_sha256"] == third.manifest_sha256
     assert set(run.data.metrics) >= {"accuracy.task-1", "accuracy.task-2"}
@@ -354,3 +355,101 @@ def test_a_late_move_of_an_overtaken_run_is_put_back_once_and_then_a_person_is_b
     look(at)
     assert seen(at) == at.ledger.line("tiny").champion == 2
     assert at.ledger.events("tiny")[-1].kind == "adopted"
+
+
+def test_a_ledger_that_does_not_know_the_model_moves_nothing(at, zoo):
+    register(at, zoo / "expert-1", "task-1")
+    look(at)
+    at.ledger.close()
+    for file in at.config.home.glob("ledger.db*"):
+        file.unlink()
+    house.cache_clear()
+    empty = house(str(at.config.folder / "foldin.toml"))
+    with pytest.raises(FoldinError, match=r"E_ALIAS line tiny: .*this ledger does not know"):
+        look(empty)
+    assert seen(empty) == 2
+
+
+def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_is(at, zoo, monkeypatch):
+    from flows import folding, merge
+
+    look(at)
+    register(at, zoo / "expert-1", "task-1")
+
+    def died(*arguments):
+        raise FoldinError(Refusal("E_MLFLOW", "died after registering"))
+
+    monkeypatch.setattr(at.ledger, "commit", died)
+    with pytest.raises(FoldinError, match="died after"):
+        look(at)
+    monkeypatch.undo()
+    other = {**folding.numerics_profile("cpu"), "threads": "999"}
+    monkeypatch.setattr(folding, "numerics_profile", lambda device: other)
+    shutil.rmtree(at.work("tiny"))
+    assert [(each["state"], each["version"]) for each in look(at)] == [("folded", 2)]
+    assert merge.open_version(at, "tiny", 2).memory.profile["threads"] != "999"
+
+
+def test_a_rollback_and_a_fold_that_were_both_cut_off_end_where_the_rollback_wanted(at, zoo, monkeypatch):
+    from flows import champion as alias
+    from flows import merge
+    from flows.rollback import rollback
+
+    def died(*arguments):
+        raise FoldinError(Refusal("E_MLFLOW", "died before the alias"))
+
+    for number in (1, 2):
+        register(at, zoo / f"expert-{number}", f"task-{number}")
+        if number == 2:
+            monkeypatch.setattr(merge, "follow", died)
+            with pytest.raises(FoldinError, match="died before"):
+                look(at)
+        else:
+            look(at)
+    monkeypatch.setattr(alias, "follow", died)
+    with pytest.raises(FoldinError, match="died before"):
+        rollback("tiny", "a test", 1, "ann", str(at.config.folder / "foldin.toml"))
+    monkeypatch.undo()
+    assert (seen(at), at.ledger.line("tiny").champion) == (2, 1)
+    look(at)
+    assert seen(at) == at.ledger.line("tiny").champion == 1
+
+
+def test_a_version_whose_source_nobody_serves_is_set_aside_and_the_next_is_folded(at, zoo):
+    client = at.mlflow._client
+    client.create_registered_model("tiny-experts")
+    client.create_model_version("tiny-experts", "s3x://nowhere/model", tags={"foldin.task": "task-0"})
+    register(at, zoo / "expert-1", "task-1")
+    first, second = look(at)
+    assert (first["state"], second["state"]) == ("quarantined", "folded")
+    assert "E_SOURCE expert tiny-experts v1: there are no artifacts" in first["reason"]
+
+
+def test_a_full_disk_is_not_the_experts_fault(at, zoo, monkeypatch):
+    from flows import merge
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    register(at, zoo / "expert-1", "task-1")
+    monkeypatch.setattr(merge, "write_report", full)
+    for _ in range(4):
+        with pytest.raises(FoldinError, match=r"E_SYSTEM .*No space left on device"):
+            look(at)
+    monkeypatch.undo()
+    assert at.ledger.experts("tiny")[0].attempts == 0
+    assert [each["state"] for each in look(at)] == ["folded"]
+
+
+def test_a_change_too_large_to_fold_is_the_experts_fault_and_names_the_tensor(at, zoo, tmp_path):
+    for number in (1, 2):  # each is finite; their sum is not
+        huge = tmp_path / f"huge-{number}"
+        shutil.copytree(zoo / f"expert-{number}", huge)
+        weights = load_file(huge / "model.safetensors")
+        weights["pooler.dense.bias"] = torch.full_like(weights["pooler.dense.bias"], 3e38)
+        save_file(weights, huge / "model.safetensors", {"format": "pt"})
+        register(at, huge, f"task-{number}")
+    register(at, zoo / "expert-3", "task-3")
+    outcomes = look(at)
+    assert [each["state"] for each in outcomes] == ["folded", "quarantined", "folded"]
+    assert "E_FOLD expert tiny-experts v2, tensor pooler.dense.bias" in outcomes[1]["reason"]

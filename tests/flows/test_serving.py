@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -188,12 +190,40 @@ def test_a_server_that_does_not_start_says_where_its_words_are(config, monkeypat
     assert marked(mark) == []
 
 
-def test_a_named_prefect_is_used_and_none_is_started(config, monkeypatch, mark):
-    monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
+@pytest.fixture
+def elsewhere():
+    """The API of a Prefect that is somebody else's: it says that it is well, and no more."""
+
+    class Well(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/api/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *words):
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Well) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/api"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_named_prefect_is_used_and_none_is_started(config, monkeypatch, mark, elsewhere):
+    monkeypatch.setenv("PREFECT_API_URL", elsewhere)
     with prefect_server(config) as url, temporary_prefect(config) as other:
-        assert url == other == "http://prefect.example/api"
+        assert url == other == elsewhere
         assert marked(mark) == []
-    assert os.environ["PREFECT_API_URL"] == "http://prefect.example/api"
+    assert os.environ["PREFECT_API_URL"] == elsewhere
+
+
+def test_a_named_prefect_that_does_not_answer_is_an_error_and_none_is_started(config, monkeypatch, mark):
+    url = f"http://127.0.0.1:{free_port()}/api"
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    with pytest.raises(FoldinError, match=f"E_SERVER {url}: the Prefect API does not answer.*unset PREFECT_API_URL"):
+        temporary_prefect(config).__enter__()
+    assert marked(mark) == []
 
 
 def test_a_named_mlflow_is_used_and_none_is_started(workshop, mark):

@@ -141,6 +141,20 @@ def test_a_fold_after_a_rollback_starts_a_branch(ledger):
     assert states(ledger) == ["folded", "rolled-back", "rolled-back", "folded"]
 
 
+def test_a_fold_is_committed_only_onto_the_version_it_folded_into(ledger):
+    lease = fold_three(ledger)
+    enrol(ledger, 4)
+    expert = ledger.experts("demo", ExpertState.PENDING)[0]
+    ledger.record_verdict(lease, Merge("k5", "demo", expert.id, 2, PASSED))
+    with pytest.raises(FoldinError, match=r"E_FENCED .*the champion changed.*Expected version 2.*Found version 4"):
+        ledger.commit(lease, "k5", 5, "m" * 64)
+    assert ledger.line("demo").champion == 4
+    assert ledger.merge("k5").version is None
+    ledger.record_verdict(lease, Merge("again", "demo", None, None, PASSED))
+    with pytest.raises(FoldinError, match=r"E_FENCED .*Expected no champion yet"):
+        ledger.commit(lease, "again", 6, "m" * 64)
+
+
 def test_an_overtaken_run_can_write_nothing(ledger):
     old = fold_three(ledger)
     enrol(ledger, 4)
