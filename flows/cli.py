@@ -105,9 +105,11 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
     from registry.records import FoldinError
 
     config = _prepared(options)
+    from flows.starting import check_settings
+
     names = [line] if line else sorted(config.lines)
     for name in names:
-        config.line(name)
+        check_settings(config.line(name), name)
     outcomes, errors = [], []
     with _prefect(config):
         from flows.watch import watch as look
@@ -117,6 +119,8 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
                 outcomes += look(name, str(options["config_file"]))
             except FoldinError as error:  # one line's trouble is not the others'
                 errors.append(error)
+        if not errors and not outcomes:
+            _say(f"{', '.join(names) or 'no line'}: nothing new was found, nothing waits")
     for other in errors[1:]:
         _say(f"error: {other}")
     if errors:

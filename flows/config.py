@@ -87,8 +87,8 @@ class Config:
         return _absolute(self.folder / self.file, text)
 
 
-def load(path: Path = DEFAULT_FILE) -> Config:
-    """Read foldin.toml; a missing file is an empty one.
+def load(path: Path = DEFAULT_FILE, *, new: bool = False) -> Config:
+    """Read foldin.toml; with `new`, a missing file is an empty one.
 
     Raises:
         FoldinError: E_CONFIG with the key, what was expected and found, and the nearest known key.
@@ -96,7 +96,10 @@ def load(path: Path = DEFAULT_FILE) -> Config:
     path = path.absolute()
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if not new:
+            remedy = "go to its folder, name it with --config, or start a line with `foldin init LINE --base DIR`"
+            raise _refused(path, "there is no such file", "a foldin.toml", remedy=remedy) from error
         text = ""
     except (OSError, UnicodeDecodeError) as error:
         raise _refused(path, "the file cannot be read", "text in UTF-8", str(error)) from error

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,15 +212,15 @@ def _close(config_file: Path, json_file: Path | None, story: Story) -> None:
     at = house(str(config_file))
     console().print(lineage_tree(log(at, LINE)))
     facts = show(at, LINE, None)
-    relative = os.path.relpath(config_file)
+    command = f"{os.path.relpath(Path(sys.executable).with_name('foldin'))} --config {os.path.relpath(config_file)}"
     story.note(report=facts["report"], log=log(at, LINE), config=str(config_file))
     story.end()
     if json_file:
         json_file.write_text(json.dumps(story.facts, indent=1, default=str) + "\n", encoding="utf-8")
     say(f"\nDone in {story.facts['seconds']:.0f} s.")
     say(f"The champion's report:    {facts['report']}")
-    say(f"Both user interfaces:     foldin --config {relative} ui")
-    say(f"The line's history:       foldin --config {relative} log {LINE}")
+    say(f"Both user interfaces:     {command} ui")
+    say(f"The line's history:       {command} log {LINE}")
 
 
 def _watch(config_file: Path) -> list[dict[str, Any]]:

@@ -164,7 +164,9 @@ def register(
         "foldin.verdict": "passed",
     }
     last = memory.experts[-1] if memory.experts else None
-    told = f"+ {last.task} ({last.model} v{last.version}); {len(memory.experts)} experts in all" if last else "the base"
+    told = (
+        f"adds {last.task} ({last.model} v{last.version}); {len(memory.experts)} experts in all" if last else "the base"
+    )
     version = house.mlflow.publish(line, merge_key, run_id, folder, description=told, metrics=metrics, tags=tags)
     stored = house.mlflow.folder(line, version)
     wrong = verify_manifest(stored)

@@ -23,7 +23,7 @@ def write_line(config_file: Path, line: str, base: Path | None, experts: list[st
 
     from flows.starting import check_settings
 
-    config = load(config_file)
+    config = load(config_file, new=True)
     if line in config.lines:
         _check_same(config, line, base, experts, method)
         return config

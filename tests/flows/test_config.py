@@ -47,7 +47,7 @@ def test_every_field_is_explained_on_its_line(kind):
 
 
 def test_a_missing_file_is_an_empty_one_and_everything_is_below_its_folder(tmp_path):
-    found = load(tmp_path / "foldin.toml")
+    found = load(tmp_path / "foldin.toml", new=True)
     assert (found.registry, found.lines) == (RegistryConfig(), {})
     assert found.home == tmp_path / ".foldin"
     assert said(lambda: found.line("demo")) == (
@@ -216,3 +216,10 @@ def test_the_settings_are_the_first_thing_that_start_looks_at():
 def test_the_names_of_lines_make_safe_folders():
     assert all(config.NAME.fullmatch(name) for name in ("demo", "fr-legal", "v1.2_x", "a" * 64))
     assert not any(config.NAME.fullmatch(name) for name in ("", ".", "..", "-x", "a/b", "a b", "é", "a" * 65, "a\n"))
+
+
+def test_a_missing_file_is_said_where_it_is_not_to_be_made(tmp_path):
+    message = said(lambda: load(tmp_path / "foldin.toml"))
+    assert "there is no such file" in message
+    assert "--config" in message
+    assert list(tmp_path.iterdir()) == []

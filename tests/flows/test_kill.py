@@ -193,7 +193,8 @@ def look_at(folder):
         "manifest": champion.manifest_sha256,
         "experts": [tuple(expert)[:3] for expert in champion.memory.experts],
         "versions": at.mlflow.versions("tiny"),
-        "logged models": len(client.search_logged_models([experiment])),
+        # One that is not ready was left by a run that died while it uploaded; nothing refers to it.
+        "ready models": sum(str(model.status) == "READY" for model in client.search_logged_models([experiment])),
         "runs": len(client.search_runs([experiment])),
         "states": [str(expert.state) for expert in at.ledger.experts("tiny")],
         "moves": [(event.kind, event.origin, event.target, event.done) for event in at.ledger.events("tiny")],
