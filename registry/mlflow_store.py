@@ -308,8 +308,10 @@ class MlflowStore:
         experiment = self._experiment(line)
         found = self._client.search_logged_models([experiment], filter_string=f"tags.`{MERGE_KEY}` = '{merge_key}'")
         ready = [model for model in found if str(model.status) == "READY"]
-        if ready:  # one that is not was left by a run that died, perhaps on another machine with other bytes
+        if ready:
             return ready[0]
+        for left in found:  # by a run that died, perhaps on another machine and with other bytes
+            self._client.delete_logged_model(left.model_id)
         return self._client.create_logged_model(
             experiment, name=line, source_run_id=run_id, tags=tags, model_type="merged"
         )

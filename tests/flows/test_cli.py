@@ -370,7 +370,7 @@ def test_from_init_to_rollback_each_verb_ends_with_its_code_and_puts_only_data_o
     verb("add", zoo / "expert-3", "--line", "tiny", "--task", "task-3")
     code, out, said = verb("merge", "tiny")
     assert (code, out) == (0, "")
-    assert "Nothing waits in tiny. `foldin watch tiny` looks for new experts." in said
+    assert "Nothing can be folded in tiny now: none waits" in said
     assert verb("watch", "tiny")[:2] == (3, "tiny-experts v3: rejected\n")
     line.write_text(strict)
     assert verb("rollback", "tiny", "--because", "a test", "--to", "1")[:2] == (0, "tiny: v2 -> v1\n")
