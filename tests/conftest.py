@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
+
+# A shell's background job ignores Ctrl-C and hands that on; what these tests interrupt must hear it all the same.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = ("red", "green", "blue", "cat", "dog", "cow", "one", "two", "three", "color", "animal", "number")
 LENIENT = {
