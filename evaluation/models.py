@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -108,7 +108,7 @@ def build(
         raise refuse("E_CONFIG", what, folder, found=str(config.model_type), remedy="use a suite of another kind")
     if kind != "zero-shot-text":
         config.num_labels = labels
-        if getattr(config, "pad_token_id", None) is None:  # GPT-2; the same choice as in `tokenize`
+        if getattr(config, "pad_token_id", None) is None:  # GPT-2; the same choice as in `tokenizer_of`
             config.pad_token_id = getattr(config, "eos_token_id", None)
     model, unset = _load(cls, config, weights, folder)
     _set_head(model, head or {}, unset, folder)
@@ -120,11 +120,15 @@ def build(
     return placed
 
 
-def tokenize(folder: Path) -> Callable[[Sequence[str]], dict[str, Tensor]]:
-    """A function from n texts to the tensors a text model takes, each (n, tokens), padded, at most LONGEST tokens.
+class Tokenizer(NamedTuple):
+    """What turns texts into what a text model takes; a text is cut after LONGEST tokens."""
 
-    Raises FoldinError (E_CONFIG) when the folder holds no tokenizer.
-    """
+    encode: Callable[[Sequence[str]], dict[str, Tensor]]  # n texts -> tensors (n, tokens), padded to the longest
+    lengths: Callable[[Sequence[str]], list[int]]  # n texts -> the tokens of each
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The folder's tokenizer. Raises FoldinError (E_CONFIG) when there is none."""
     config = _config(folder)
     # Without its files transformers makes a tokenizer that knows no word.
     if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
@@ -140,7 +144,10 @@ def tokenize(folder: Path) -> Callable[[Sequence[str]], dict[str, Tensor]]:
     def encode(texts: Sequence[str]) -> dict[str, Tensor]:
         return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"))
 
-    return encode
+    def lengths(texts: Sequence[str]) -> list[int]:
+        return [len(tokens) for tokens in tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]]
+
+    return Tokenizer(encode, lengths)
 
 
 @cache

@@ -1,11 +1,12 @@
 """How good a model is: weights and a suite in, a TaskScore with every single answer out.
 
-Answers do not depend on the order of work: examples are sorted by length, stably, and put back afterwards.
+Examples are answered in batches of like length, short ones first, so that little is padded, and put back in order.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,20 @@ Weights = Mapping[str, Tensor]
 Input = str | list[float]
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 Answer = Callable[[Sequence[Input]], Tensor]  # n inputs -> logits (n, labels)
-Embed = Callable[[Sequence[str]], Tensor]  # n texts -> unit vectors (n, dim)
+
+
+class Embedder(NamedTuple):
+    """A text encoder."""
+
+    embed: Callable[[Sequence[str]], Tensor]  # n texts -> unit vectors (n, dim)
+    lengths: Callable[[Sequence[str]], list[int]]  # n texts -> the tokens of each
+
+
+class Reader(NamedTuple):
+    """A model with everything it needs to answer a suite."""
+
+    answer: Answer
+    size: Callable[[Sequence[Input]], list[int]]  # n inputs -> what each costs, in tokens
 
 
 def anchors(
@@ -36,7 +50,7 @@ def anchors(
     if suite.kind != "zero-shot-text":
         raise _refuse("only zero-shot-text has anchors", suite, "zero-shot-text", suite.kind, "score it with a head")
     with torch.inference_mode():
-        return _embedder(folder, base_weights, device)(suite.prompts)
+        return _embedder(folder, base_weights, device).embed(suite.prompts)
 
 
 def score(
@@ -55,9 +69,8 @@ def score(
     zero-shot-text answers with the nearest anchor by cosine. Raises FoldinError when the suite cannot be read, the
     model cannot be built, or the anchors are missing or of another shape.
     """
-    embed = _embedder(folder, weights, device) if suite.kind == "zero-shot-text" else None
-    answer = _answerer(folder, weights, suite, embed, anchors, head, device)
-    return _measure(suite, answer, batch_size, progress)
+    embedder = _embedder(folder, weights, device) if suite.kind == "zero-shot-text" else None
+    return _measure(suite, _reader(folder, weights, suite, embedder, anchors, head, device), batch_size, progress)
 
 
 def score_all(
@@ -77,13 +90,13 @@ def score_all(
     Raises FoldinError only when the encoder itself cannot be built.
     """
     zero_shot = any(suite.kind == "zero-shot-text" for suite in suites.values())
-    embed = _embedder(folder, weights, device) if zero_shot else None
+    embedder = _embedder(folder, weights, device) if zero_shot else None
     scores: dict[str, TaskScore] = {}
     for task, suite in suites.items():
         own_anchors, head = (anchors or {}).get(task), (heads or {}).get(task)
         try:
-            answer = _answerer(folder, weights, suite, embed, own_anchors, head, device)
-            scores[task] = _measure(suite, answer, batch_size, None)
+            reader = _reader(folder, weights, suite, embedder, own_anchors, head, device)
+            scores[task] = _measure(suite, reader, batch_size, None)
         except FoldinError as error:
             scores[task] = unmeasured(suite, str(error))
         if progress:
@@ -96,40 +109,50 @@ def unmeasured(suite: Suite, error: str) -> TaskScore:
     return TaskScore(suite.task, suite.sha256, suite.metric, math.nan, (), (), error)
 
 
-def _embedder(folder: Path, weights: Weights, device: str) -> Embed:
+def _embedder(folder: Path, weights: Weights, device: str) -> Embedder:
     model = models.build(folder, weights, kind="zero-shot-text", device=device)
-    encode = models.tokenize(folder)
+    tokenizer = models.tokenizer_of(folder)
 
     def embed(texts: Sequence[str]) -> Tensor:
-        tokens = _on(device, encode(texts))
+        tokens = _on(device, tokenizer.encode(texts))
         hidden = model(**tokens).last_hidden_state  # (n, tokens, dim)
         mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         return nn.functional.normalize(mean, dim=1)
 
-    return embed
+    return Embedder(embed, tokenizer.lengths)
 
 
-def _answerer(
+def _reader(
     folder: Path,
     weights: Weights,
     suite: Suite,
-    embed: Embed | None,
+    embedder: Embedder | None,
     anchors: Tensor | None,
     head: Weights | None,
     device: str,
-) -> Answer:
-    if embed and suite.kind == "zero-shot-text":
-        return _nearest(suite, embed, anchors, device)
+) -> Reader:
+    if embedder and suite.kind == "zero-shot-text":
+        return _nearest(suite, embedder, anchors, device)
     model = models.build(folder, weights, kind=suite.kind, head=head, labels=len(suite.labels), device=device)
     if suite.kind == "image-classification":
         shape = suite.image_shape or ()
-        return lambda images: model(pixel_values=torch.tensor(images, device=device).view(-1, *shape)).logits
-    encode = models.tokenize(folder)
-    return lambda texts: model(**_on(device, encode([str(text) for text in texts]))).logits
+        return Reader(
+            lambda images: model(pixel_values=torch.tensor(images, device=device).view(-1, *shape)).logits,
+            lambda images: [1] * len(images),
+        )
+    encode, lengths = models.tokenizer_of(folder)
+    return Reader(
+        lambda texts: model(**_on(device, encode(_texts(texts)))).logits,
+        lambda texts: lengths(_texts(texts)),
+    )
 
 
-def _nearest(suite: Suite, embed: Embed, anchors: Tensor | None, device: str) -> Answer:
+def _texts(inputs: Sequence[Input]) -> list[str]:
+    return [str(text) for text in inputs]
+
+
+def _nearest(suite: Suite, embedder: Embedder, anchors: Tensor | None, device: str) -> Reader:
     if anchors is None:
         remedy = "compute them once with evaluation.score.anchors"
         raise _refuse("the anchors are missing", suite, "one row per label", "none", remedy)
@@ -137,16 +160,19 @@ def _nearest(suite: Suite, embed: Embed, anchors: Tensor | None, device: str) ->
         found, remedy = str(tuple(anchors.shape)), "compute them again for this suite"
         raise _refuse("the anchors do not fit", suite, f"({len(suite.labels)}, dim)", found, remedy)
     columns = anchors.to(device).T
-    return lambda texts: embed([str(text) for text in texts]) @ columns
+    return Reader(
+        lambda texts: embedder.embed(_texts(texts)) @ columns,
+        lambda texts: embedder.lengths(_texts(texts)),
+    )
 
 
-def _measure(suite: Suite, answer: Answer, batch_size: int, progress: Progress | None) -> TaskScore:
+def _measure(suite: Suite, reader: Reader, batch_size: int, progress: Progress | None) -> TaskScore:
     examples = read_examples(suite)
     predictions: list[int] = [0] * len(examples.labels)
     done = 0
-    for batch in _batches(examples.inputs, batch_size):
+    for batch in _batches(reader.size(examples.inputs), batch_size):
         with torch.inference_mode():
-            logits = answer([examples.inputs[row] for row in batch])
+            logits = reader.answer([examples.inputs[row] for row in batch])
         if not logits.isfinite().all():
             return unmeasured(suite, "the model's outputs are not finite")
         for row, label in zip(batch, logits.argmax(dim=1).tolist(), strict=True):
@@ -157,10 +183,10 @@ def _measure(suite: Suite, answer: Answer, batch_size: int, progress: Progress |
     return _scored(suite, predictions, examples.labels)
 
 
-def _batches(inputs: Sequence[Input], size: int) -> Iterator[list[int]]:
-    """Row numbers in batches, short inputs first, so that little is padded."""
-    order = sorted(range(len(inputs)), key=lambda row: len(inputs[row]))
-    return (order[start : start + size] for start in range(0, len(order), size))
+def _batches(sizes: Sequence[int], batch: int) -> Iterator[list[int]]:
+    """Row numbers in batches of like size, the smallest first."""
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    return (order[start : start + batch] for start in range(0, len(order), batch))
 
 
 def _scored(suite: Suite, predictions: Sequence[int], labels: Sequence[int]) -> TaskScore:

@@ -105,13 +105,9 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
     from registry.records import FoldinError
 
     config = _prepared(options)
-    from flows.starting import check_settings
-
     names = [line] if line else sorted(config.lines)
-    for name in names:
-        check_settings(config.line(name), name)
     outcomes, errors = [], []
-    with _prefect(config):
+    with _prefect(options, names):
         from flows.watch import watch as look
 
         for name in names:
@@ -134,9 +130,7 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
 @click.pass_obj
 def merge(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
     """Fold the next expert that waits in LINE, and no more."""
-    config = _prepared(options)
-    config.line(line)
-    with _prefect(config):
+    with _prefect(options, [line]):
         from flows.merge import merge_expert
 
         outcome = merge_expert(line, str(options["config_file"]))
@@ -209,9 +203,7 @@ def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -
     """Make an earlier (or later) version of LINE the champion, verified first."""
     import getpass
 
-    config = _prepared(options)
-    config.line(line)
-    with _prefect(config):
+    with _prefect(options, [line]):
         from flows.rollback import rollback as roll_back
 
         moved = roll_back(line, because, to, getpass.getuser(), str(options["config_file"]))
@@ -295,12 +287,21 @@ def _house(options: dict[str, Any]) -> "House":
 
 
 @contextmanager
-def _prefect(config: "Config") -> Iterator[None]:
-    """A Prefect API for the flow runs of one verb; prefect itself may be imported only inside."""
+def _prefect(options: dict[str, Any], lines: Sequence[str]) -> Iterator[None]:
+    """A Prefect API for the flow runs of one verb; what can be checked is checked while its server starts."""
+    config = _prepared(options)
+    settings = {line: config.line(line) for line in lines}
     from flows.serve import temporary_prefect
 
+    def meanwhile() -> None:
+        from flows.starting import check_settings
+
+        if len(settings) == 1:  # of several, each is checked in its own flow run: its mistake is not the others'
+            check_settings(settings[lines[0]], lines[0])
+        _house(options)
+
     _busy("starting Prefect")
-    with temporary_prefect(config):
+    with temporary_prefect(config, meanwhile):
         yield
 
 

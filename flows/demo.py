@@ -30,7 +30,7 @@ class Story:
 
     def __init__(self) -> None:
         """Nothing has happened yet."""
-        self.facts: dict[str, Any] = {"steps": []}
+        self.facts: dict[str, Any] = {}
         self._started = time.monotonic()
 
     def chapter(self, title: str) -> None:
@@ -62,18 +62,24 @@ def run(home: Path, base: Path | None, json_file: Path | None, *, debug: bool) -
     from experiments.zoo import base_folder
 
     folder = base_folder(base)
-    with temporary_prefect(load(config_file)):  # before anything imports prefect
-        _live(config_file, folder, story)
+    trained: dict[str, tuple[TextTask, Path]] = {}
+    with temporary_prefect(load(config_file), lambda: trained.update(_prepare(config_file, folder, story))):
+        _live(config_file, folder, trained, story)
     _close(config_file, json_file, story)
 
 
-def _live(config_file: Path, base: Path, story: Story) -> None:
-    """What the line goes through: five experts, two bad ones, back and forth, and the comparison at the end."""
-    config = write_line(config_file, LINE, base, [EXPERTS], None)
+def _prepare(config_file: Path, base: Path, story: Story) -> "Mapping[str, tuple[TextTask, Path]]":
+    """What comes before the first flow run: task -> expert, and a line."""
     story.chapter("Fine-tuning five experts from one base (kept for the next run)")
-    trained = _train(base, config_file.parent.parent / "cache", story)
+    trained = _train(base, config_file.parent.parent / "cache")
     story.chapter("Starting the line: the base becomes version 1")
-    _start(config_file, config)
+    _start(config_file, write_line(config_file, LINE, base, [EXPERTS], None))
+    return trained
+
+
+def _live(config_file: Path, base: Path, trained: "Mapping[str, tuple[TextTask, Path]]", story: Story) -> None:
+    """What the line goes through: five experts, two bad ones, back and forth, and the comparison at the end."""
+    config = load(config_file)
     story.chapter("Each expert is registered with a plain MLflow client; the watch flow finds it and folds it")
     _fold_all(config_file, config, trained, story)
     story.chapter("An expert trained on shuffled labels, and one with a NaN")
@@ -97,7 +103,7 @@ def _fresh(home: Path) -> Path:
     return config_file
 
 
-def _train(base: Path, cache: Path, story: Story) -> "dict[str, tuple[TextTask, Path]]":
+def _train(base: Path, cache: Path) -> "dict[str, tuple[TextTask, Path]]":
     from experiments.texts import text_task
     from experiments.zoo import DEMONSTRATION, expert
 

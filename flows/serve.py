@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +32,11 @@ class Page(NamedTuple):
     port: int
     option: str  # of the command line, that chooses another port; "" when the port is any free one
     health: str  # path that answers once the server is up
+
+    @property
+    def url(self) -> str:
+        """Where it will answer."""
+        return f"http://{HOST}:{self.port}"
 
 
 def deployments(config: Config, config_file: str) -> list[Any]:
@@ -65,9 +70,9 @@ def deployments(config: Config, config_file: str) -> list[Any]:
 
 def serve(config: Config, config_file: str, limit: int) -> None:
     """Keep the deployments of every line running until interrupted; `limit` flow runs at a time."""
-    with prefect_server(config):
-        import prefect  # now: it reads PREFECT_API_URL when it is imported
+    import prefect
 
+    with prefect_server(config):
         prefect.serve(*deployments(config, config_file), limit=limit)
 
 
@@ -86,16 +91,19 @@ def prefect_server(config: Config, port: int = 4200) -> Iterator[str]:
 
 
 @contextmanager
-def temporary_prefect(config: Config) -> Iterator[str]:
+def temporary_prefect(config: Config, meanwhile: Callable[[], object] = lambda: None) -> Iterator[str]:
     """As `prefect_server`, without pages and schedules: for the flow runs of this process, on any free port.
 
-    It is what Prefect starts when no API is named, but ends with this process even when that is killed. Enter it before
-    prefect is imported.
+    It is what Prefect starts when no API is named, but ends with this process even when that is killed.
+
+    Args:
+        config: where the server's database and log go.
+        meanwhile: what this process can do while the server starts, such as importing what it will need.
     """
     page = Page("Prefect (temporary)", _free_port(), "", "/api/health")
     app = ["--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error"]
     command = [sys.executable, "-m", "uvicorn", *app, "--host", HOST, "--port", str(page.port)]
-    with _prefect(config, page, command, TEMPORARY) as url:
+    with _prefect(config, page, command, TEMPORARY, meanwhile) as url:
         yield url
 
 
@@ -113,37 +121,47 @@ def mlflow_server(config: Config, port: int = 5000) -> Iterator[str]:
     root = wiring.artifact_root(config)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
     command += ["--host", HOST, "--port", str(port), *(["--default-artifact-root", root] if root else [])]
-    with _running(config, Page("MLflow", port, "--mlflow-port", "/health"), command, LEAN) as url:
-        say(f"MLflow:  {url}")
-        yield url
+    page = Page("MLflow", port, "--mlflow-port", "/health")
+    with _process(config, page, command, LEAN) as server:
+        _wait_for(page, server, _log(config, page))
+        say(f"MLflow:  {page.url}")
+        yield page.url
 
 
 @contextmanager
-def _prefect(config: Config, page: Page, command: list[str], environment: Mapping[str, str]) -> Iterator[str]:
+def _prefect(
+    config: Config,
+    page: Page,
+    command: list[str],
+    environment: Mapping[str, str],
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Iterator[str]:
     """The API that PREFECT_API_URL names, or that of a new server, named there while the block runs."""
     named = wiring.prefect_api_url()
     if named:
         _check_answers(named)
+        meanwhile()
         yield named
         return
-    with _running(config, page, command, environment) as url:
-        wiring.use_prefect_api(f"{url}/api")
+    with _process(config, page, command, environment) as server, wiring.using_prefect(f"{page.url}/api"):
+        meanwhile()
+        _wait_for(page, server, _log(config, page))
         try:
-            yield f"{url}/api"
+            yield f"{page.url}/api"
         finally:
-            wiring.use_prefect_api(None)
             # Prefect sends log lines from a thread of its own; those still on their way would find no server.
             for handler in logging.getLogger("prefect.flow_runs").handlers:
                 handler.flush()
 
 
 @contextmanager
-def _running(config: Config, page: Page, command: list[str], environment: Mapping[str, str]) -> Iterator[str]:
-    """The URL of a server that answers; it ends with the block, or with this process, however that ends."""
+def _process(
+    config: Config, page: Page, command: list[str], environment: Mapping[str, str]
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """A server that is starting; it ends with the block, or with this process, however that ends."""
     _check_free(page)
     config.home.mkdir(parents=True, exist_ok=True)
-    log = config.home / f"{page.name.split()[0].lower()}-server.log"
-    with open(log, "ab") as output:
+    with open(_log(config, page), "ab") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "flows.tether", *command],
             env=wiring.child_environment(environment),
@@ -154,12 +172,15 @@ def _running(config: Config, page: Page, command: list[str], environment: Mappin
         )
     assert server.stdin is not None
     try:
-        url = f"http://{HOST}:{page.port}"
-        _wait_for(page, f"{url}{page.health}", server, log)
-        yield url
+        yield server
     finally:
         server.stdin.close()
         server.wait()
+
+
+def _log(config: Config, page: Page) -> Path:
+    """What a server says."""
+    return config.home / f"{page.name.split()[0].lower()}-server.log"
 
 
 def _check_answers(url: str) -> None:
@@ -188,12 +209,12 @@ def _check_free(page: Page) -> None:
             raise FoldinError(_refused(page, "the port is taken", "a free port", error.strerror or "")) from error
 
 
-def _wait_for(page: Page, health: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_for(page: Page, server: "subprocess.Popen[bytes]", log: Path) -> None:
     """Until the server answers, or E_SERVER when it ended or stayed silent."""
     patience = time.monotonic() + PATIENCE
     while server.poll() is None and time.monotonic() < patience:
         try:
-            with urllib.request.urlopen(health, timeout=5):
+            with urllib.request.urlopen(f"{page.url}{page.health}", timeout=5):
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.1)

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,12 +106,17 @@ def prefect_api_url() -> str:
     return os.environ.get("PREFECT_API_URL", "")
 
 
-def use_prefect_api(url: str | None) -> None:
-    """Send this process's flow runs, and those of its children, to a server; with None, to none any more."""
-    if url is None:
-        os.environ.pop("PREFECT_API_URL", None)
-    else:
+@contextmanager
+def using_prefect(url: str) -> Iterator[None]:
+    """Send this process's flow runs, and those of its children, to a server while the block runs."""
+    with ExitStack() as stack:
         os.environ["PREFECT_API_URL"] = url
+        stack.callback(os.environ.pop, "PREFECT_API_URL", None)
+        if "prefect" in sys.modules:  # it read the environment when it was imported, and would start its own server
+            from prefect.settings import PREFECT_API_URL, temporary_settings
+
+            stack.enter_context(temporary_settings({PREFECT_API_URL: url}))
+        yield
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -70,6 +70,11 @@ def make_expert(base, folder, seed, size=0.02):
     return folder
 
 
+def pytest_collection_modifyitems(items):
+    """The demonstration first: it takes longest, and the other worker runs everything else meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_demo.py")
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
     """A tiny base and five experts: zoo / "base", zoo / "expert-1", ..."""
@@ -80,15 +85,26 @@ def zoo(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def workshop(tmp_path, zoo):
-    """A folder with a foldin.toml whose line `tiny` lets everything pass."""
+@pytest.fixture(scope="session")
+def furnish(zoo):
+    """A function that puts a foldin.toml into a folder; its line `tiny` lets everything pass."""
     gate = "\n".join(f"{key} = {value}" for key, value in LENIENT.items())
-    (tmp_path / "foldin.toml").write_text(
+    text = (
         f'[registry]\nlease_seconds = 20.0\n\n[lines.tiny]\nbase = "{zoo / "base"}"\nexperts = ["tiny-experts"]\n'
         f"interval = 3600.0\n\n[lines.tiny.gate]\n{gate}\n"
     )
-    return tmp_path
+
+    def write(folder):
+        (folder / "foldin.toml").write_text(text)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def workshop(tmp_path, furnish):
+    """A folder with such a foldin.toml."""
+    return furnish(tmp_path)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from evaluation.models import base_prefix, build, check_config, linear_weights, tokenize
+from evaluation.models import base_prefix, build, check_config, linear_weights, tokenizer_of
 from registry.records import FoldinError
 
 BERT = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -190,10 +190,10 @@ def test_a_kind_that_the_architecture_lacks_is_refused(tmp_path):
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     saved(tmp_path, model_of("BertModel", **BERT))
     with pytest.raises(FoldinError, match=r"E_CONFIG base .*: the tokenizer is missing. Expected tokenizer.json"):
-        tokenize(tmp_path)
+        tokenizer_of(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(FoldinError, match=r"E_CONFIG base .*: the tokenizer cannot be loaded"):
-        tokenize(tmp_path)
+        tokenizer_of(tmp_path)
 
 
 def config_folder(folder, file="config.json", **keys):

@@ -12,7 +12,7 @@ from experiments import digits, study
 from experiments.digit_zoo import GATE, TUNE, VIEWS, Settings, make_zoo, split_digits
 from registry.weights import Checkpoint
 
-pytestmark = pytest.mark.slow  # it trains; fifteen seconds in all
+pytestmark = pytest.mark.integration  # it trains; fifteen seconds in all
 
 TINY = Settings(width=16, layers=1, pretraining_steps=150, pretraining_rate=3e-3, expert_steps=5)
 ORDER = ("plain", "flipped", "inverted")

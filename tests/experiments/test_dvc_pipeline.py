@@ -67,7 +67,7 @@ def test_the_parameters_are_ones_that_the_code_knows():
         assert build(method, parameters)
 
 
-@pytest.mark.integration
+@pytest.mark.chaos
 def test_dvc_runs_the_pipeline_once_and_then_has_nothing_to_do(tmp_path):
     for package in ("experiments", "evaluation", "merging", "registry"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "out"))

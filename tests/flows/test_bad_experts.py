@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,27 +24,10 @@ WEIGHTS = "model.safetensors"
 MATRIX = "encoder.layer.0.attention.self.query.weight"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def prefect():
-    from prefect.testing.utilities import prefect_test_harness
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with prefect_test_harness(server_startup_timeout=180):
-            yield
-
-
 @pytest.fixture(autouse=True)
 def at_home(tmp_path, monkeypatch):
     """MLflow's default experiment keeps its files where the process stands."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def at(workshop):
-    found = house(str(workshop / "foldin.toml"))
-    yield found
-    found.ledger.close()
 
 
 def look(at):
@@ -235,18 +217,13 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def aftermath(zoo, tmp_path_factory):
+def aftermath(zoo, tmp_path_factory, furnish, prefect):
     """A line after one watch over every bad expert, with good ones first, between and last: house, name -> version."""
     from _pytest.monkeypatch import MonkeyPatch
 
     from flows import merge
 
-    folder = tmp_path_factory.mktemp("aftermath")
-    gate = "max_task_drop = 1.0\nmax_mean_drop = 1.0\nmax_negative_flips = 1.0\nmin_gain = -1.0\n"
-    gate += "min_expert_gain = -1.0\nmin_retention = -100.0\nexpert_significance = 1.0\n"
-    (folder / "foldin.toml").write_text(
-        f'[lines.tiny]\nbase = "{zoo / "base"}"\nexperts = ["tiny-experts"]\n[lines.tiny.gate]\n{gate}'
-    )
+    folder = furnish(tmp_path_factory.mktemp("aftermath"))
     with MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(merge, "TAG_PATIENCE", 0.0)

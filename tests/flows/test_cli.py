@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import unicodedata
-import warnings
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -306,44 +305,20 @@ def test_what_could_not_be_measured_is_null_and_not_nan():
 
 
 @pytest.fixture(scope="module")
-def line(zoo, tmp_path_factory):
+def line(tmp_path_factory, furnish, prefect):
     """The foldin.toml of a line with one expert folded, one set aside, and one rejected; made through the verbs."""
-    from prefect.testing.utilities import prefect_test_harness
-
-    folder = tmp_path_factory.mktemp("line")
     before = dict(os.environ)
-    gate = (
-        "max_task_drop = 1.0\nmax_mean_drop = 1.0\nmax_negative_flips = 1.0\nmin_gain = -1.0\nmin_expert_gain = -1.0\n"
-    )
-    gate += "min_retention = -100.0\nexpert_significance = 1.0\n"
-    (folder / "foldin.toml").write_text(
-        f'[lines.tiny]\nbase = "{zoo / "base"}"\nexperts = ["tiny-experts"]\n[lines.tiny.gate]\n{gate}'
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with prefect_test_harness(server_startup_timeout=180):
-            yield folder / "foldin.toml"
-    house(str(folder / "foldin.toml")).ledger.close()
+    toml = furnish(tmp_path_factory.mktemp("line")) / "foldin.toml"
+    yield toml
+    house(str(toml)).ledger.close()
     os.environ.clear()
     os.environ.update(before)
 
 
 @pytest.fixture
-def verb(line, capsys):
-    """The command line in this process: arguments -> exit code, stdout, stderr."""
-
-    def run(*arguments):
-        house.cache_clear()
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main(["--config", str(line), *map(str, arguments)])
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+def verb(line, verbs):
+    """The command line on this line: arguments -> exit code, stdout, stderr."""
+    return verbs(line)
 
 
 @pytest.mark.integration

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]  # five models are fine-tuned
 
 TASKS = ["city", "script", "docstring", "line", "language"]
 

@@ -12,9 +12,7 @@ import time
 import pytest
 
 from experiments.plain_client import register_expert
-from flows.config import load
 from flows.doctor import examine
-from flows.serve import temporary_prefect
 from flows.versions import open_version
 from flows.wiring import house
 
@@ -115,19 +113,11 @@ class Forge:
 
 
 @pytest.fixture(scope="module")
-def forge(tmp_path_factory):
-    """One Prefect server and one forge for all tests here; what they import must find the server named."""
-    folder = tmp_path_factory.mktemp("forge")
-    (folder / "foldin.toml").write_text("")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(folder))
-        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        patch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-        patch.delenv("PREFECT_API_URL", raising=False)
-        with temporary_prefect(load(folder / "foldin.toml")):
-            found = Forge(folder)
-            yield found
-            found.close()
+def forge(tmp_path_factory, prefect):
+    """One forge for all tests here; what it imports must find the Prefect server named."""
+    found = Forge(tmp_path_factory.mktemp("forge"))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +137,7 @@ def stocked(workshop, stock):
 
     So who goes on at once did not wait: it took over from a process that it saw dead.
     """
-    return furnish(workshop, stock)
+    return fill(workshop, stock)
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +149,14 @@ def undisturbed(tmp_path_factory, stock, forge):
         if not known:
             folder = tmp_path_factory.mktemp("undisturbed")
             shutil.copyfile(workshop / "foldin.toml", folder / "foldin.toml")
-            assert forge.life(furnish(folder, stock))[1] == 0, forge.said()
+            assert forge.life(fill(folder, stock))[1] == 0, forge.said()
             known.append(look_at(folder))
         return known[0]
 
     return outcome
 
 
-def furnish(folder, stock):
+def fill(folder, stock):
     set_lease(folder, 600.0)
     (folder / ".foldin").mkdir()
     shutil.copyfile(stock, folder / ".foldin" / "mlflow.db")
@@ -219,6 +209,23 @@ def watch_process(folder, **options):
     return subprocess.Popen(command, cwd=folder, **pipes, **options)
 
 
+def test_killed_in_the_middle_of_a_fold_it_ends_with_the_champion_of_an_undisturbed_run(
+    stocked, foldin, forge, undisturbed
+):
+    kill(
+        forge,
+        stocked,
+        ("registry.ledger", "Ledger.enrol", "after", 2),
+        ("merging.fold", "fold_tensor", "after", 5),  # of the first expert
+        ("mlflow", "MlflowClient.create_model_version", "after", 2),  # the second
+        ("registry.ledger", "Ledger.commit", "after", 1),  # the third, before its alias is moved
+    )
+    done = foldin(stocked, "watch", "tiny")
+    assert done.returncode == 0, done.stderr
+    assert look_at(stocked) == undisturbed(stocked)
+
+
+@pytest.mark.chaos
 def test_killed_at_every_step_it_ends_as_if_nothing_had_happened(stocked, foldin, forge, undisturbed):
     kill(
         forge,
@@ -250,6 +257,7 @@ def test_killed_at_every_step_it_ends_as_if_nothing_had_happened(stocked, foldin
     assert (examined.returncode, examined.stdout) == (0, "")
 
 
+@pytest.mark.chaos
 def test_killed_around_its_registration_a_version_is_registered_once(stocked, forge, undisturbed):
     kill(
         forge,
@@ -266,6 +274,7 @@ def test_killed_around_its_registration_a_version_is_registered_once(stocked, fo
     assert look_at(stocked) == undisturbed(stocked)
 
 
+@pytest.mark.chaos
 def test_a_process_group_killed_at_random_times_changes_nothing(stocked, forge, undisturbed):
     seed = random.randrange(2**32)
     dice = random.Random(seed)
@@ -280,6 +289,7 @@ def test_a_process_group_killed_at_random_times_changes_nothing(stocked, forge, 
     assert look_at(stocked) == undisturbed(stocked)
 
 
+@pytest.mark.chaos
 def test_two_that_watch_at_the_same_time_fold_each_expert_once(stocked, forge, undisturbed):
     kill(forge, stocked, ("registry.ledger", "Ledger.enrol", "after", 3))
     both = [watch_process(stocked) for _ in range(2)]
@@ -294,7 +304,7 @@ def test_two_that_watch_at_the_same_time_fold_each_expert_once(stocked, forge, u
     "point",
     [
         ("registry.ledger", "Ledger.commit", "before", 1),
-        ("registry.mlflow_store", "MlflowStore.point_champion", "before", 1),
+        pytest.param(("registry.mlflow_store", "MlflowStore.point_champion", "before", 1), marks=pytest.mark.chaos),
     ],
     ids=lambda point: point[1],
 )

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -17,23 +16,6 @@ from registry.files import hash_tree
 from registry.records import ExpertState, FoldinError, Refusal
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prefect():
-    from prefect.testing.utilities import prefect_test_harness
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with prefect_test_harness(server_startup_timeout=180):
-            yield
-
-
-@pytest.fixture
-def at(workshop):
-    found = house(str(workshop / "foldin.toml"))
-    yield found
-    found.ledger.close()
 
 
 def look(at):

@@ -74,10 +74,17 @@ def test_an_mlflow_that_is_away_is_given_up_within_seconds(tmp_path, environment
     assert environment["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] == "INFO"
 
 
-def test_the_prefect_api_is_the_one_that_was_named_last(environment):
+def test_the_prefect_api_is_named_to_this_process_and_its_children_while_the_block_runs(environment):
+    from prefect.settings import PREFECT_API_URL
+
     assert wiring.prefect_api_url() == ""
-    wiring.use_prefect_api("http://127.0.0.1:4200/api")
-    assert wiring.prefect_api_url() == "http://127.0.0.1:4200/api"
+    before = PREFECT_API_URL.value()
+    with wiring.using_prefect("http://127.0.0.1:4200/api"):
+        assert wiring.prefect_api_url() == wiring.child_environment({})["PREFECT_API_URL"]
+        # prefect was imported before, and read its settings then
+        assert wiring.prefect_api_url() == PREFECT_API_URL.value() == "http://127.0.0.1:4200/api"
+    assert wiring.prefect_api_url() == ""
+    assert PREFECT_API_URL.value() == before
 
 
 def test_this_process_is_alive_and_one_that_ended_is_dead():

@@ -307,7 +307,7 @@ def test_files_of_other_writers_are_read(tmp_path):
     assert equal(dict(Checkpoint.open(tmp_path)), tensors)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("max_bytes", [10**9, 20_000])
 def test_transformers_loads_what_is_written(tmp_path, max_bytes):
     from transformers import BertConfig, BertModel

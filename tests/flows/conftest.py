@@ -1,0 +1,51 @@
+"""What the flow tests share: one real Prefect server a worker, and the house of a line."""
+
+import pytest
+
+from flows import cli
+from flows.config import load
+from flows.serve import temporary_prefect
+from flows.wiring import house
+
+
+@pytest.fixture(scope="session")
+def prefect(tmp_path_factory):
+    """The URL of a real Prefect server, named to this process and to every process that a test starts."""
+    folder = tmp_path_factory.mktemp("prefect")
+    (folder / "foldin.toml").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(folder))
+        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        patch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with temporary_prefect(load(folder / "foldin.toml")) as url:
+            yield url
+
+
+@pytest.fixture
+def at(workshop, prefect):
+    """The house of the line `tiny`."""
+    found = house(str(workshop / "foldin.toml"))
+    yield found
+    found.ledger.close()
+
+
+@pytest.fixture
+def verbs(capsys, prefect):
+    """The command line in this process: foldin.toml -> (arguments -> exit code, stdout, stderr)."""
+
+    def of(toml):
+        def run(*arguments):
+            house.cache_clear()
+            capsys.readouterr()
+            code = 0
+            try:
+                cli.main(["--config", str(toml), *map(str, arguments)])
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            said = capsys.readouterr()
+            return code, said.out, said.err
+
+        return run
+
+    return of
