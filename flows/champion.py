@@ -9,6 +9,9 @@ from registry.records import Event, FoldinError, Lease, Refusal
 
 Told = Callable[[str], None]
 
+# Why a version may not be champion. Anything else (a server that is away, a full disk) says nothing about it.
+UNFIT = frozenset({"E_VERSION", "E_GATE", "E_DIGEST", "E_SOURCE"})
+
 
 def follow(house: House, lease: Lease, move: Event) -> None:
     """Bring the alias to the target of a move that the ledger holds, and note that it was seen there.
@@ -20,8 +23,7 @@ def follow(house: House, lease: Lease, move: Event) -> None:
         FoldinError: E_FENCED when the line was taken over; the alias then stands where the ledger says.
     """
     assert move.target is not None
-    with house.ledger.leases.fenced(lease):
-        pass
+    house.ledger.leases.check(lease)
     house.mlflow.point_champion(lease.line, move.target)
     try:
         house.ledger.confirm(lease, move)
@@ -108,6 +110,8 @@ def _adopt(house: House, lease: Lease, seen: int | None, blocked: str, told: Tol
             return False
         check_target(house, lease.line, seen)
     except FoldinError as error:
+        if error.refusal.code not in UNFIT:
+            raise
         because = f"the alias champion was moved by hand to version {seen}, which may not be champion: {error}"
         house.ledger.block(lease, because)
         told(because)

@@ -167,8 +167,7 @@ def admit_expert(work: Work) -> Admitted | Refusal:
 def fold_tensors(work: Work, admitted: Admitted) -> Candidate | Refusal:
     """The candidate, folded tensor by tensor, or why that cannot be; what earlier merges left behind is removed."""
     scratch = work.house.work(work.lease.line) / work.key(admitted)
-    with work.house.ledger.leases.fenced(work.lease):  # the folder is the holder's alone
-        pass
+    work.house.ledger.leases.check(work.lease)  # the folder is the holder's alone
     sweep(work.house.experts, age=DAY)
     for folder in scratch.parent.glob("*"):
         if folder != scratch:

@@ -30,7 +30,7 @@ class Page(NamedTuple):
 
     name: str  # "Prefect"
     port: int
-    option: str  # of the command line, that chooses another port; "" when the port is any free one
+    option: str  # of the command line, that chooses another port; "" for a temporary server on any free one
     health: str  # path that answers once the server is up
 
     @property
@@ -143,11 +143,12 @@ def _prefect(
         meanwhile()
         yield named
         return
-    with _process(config, page, command, environment) as server, wiring.using_prefect(f"{page.url}/api"):
+    url = f"{page.url}/api"
+    with _process(config, page, command, environment) as server, wiring.using_prefect(url, watched=bool(page.option)):
         meanwhile()
         _wait_for(page, server, _log(config, page))
         try:
-            yield f"{page.url}/api"
+            yield url
         finally:
             # Prefect sends log lines from a thread of its own; those still on their way would find no server.
             for handler in logging.getLogger("prefect.flow_runs").handlers:

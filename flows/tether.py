@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-GRACE = 10.0  # seconds between asking the command's processes to end and ending them
+GRACE = 5.0  # seconds between asking the command's processes to end and ending them
 LOOK = 0.2  # seconds between two looks at the command
 
 

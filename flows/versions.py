@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flows.wiring import House
-from registry.files import read_json, sha256_file, verify_manifest
+from registry.files import MANIFEST, read_json, sha256_file, verify_manifest
 from registry.lineage import ancestry, parents_of
 from registry.records import FoldinError, Merge, Refusal
 
@@ -17,7 +17,6 @@ STATE_FILE = "foldin/state.json"
 STATE_FOLDER = "foldin/state"
 HEADS = "heads"
 REPORT_FILE = "foldin/report.json"
-MANIFEST_FILE = "foldin/manifest.json"
 
 
 class Folded(NamedTuple):
@@ -109,7 +108,7 @@ def open_version(house: House, line: str, number: int) -> Version:
     merge = find_merge(house, line, number)
     folder = house.mlflow.folder(line, number)
     where = f"{line} v{number}"
-    manifest = sha256_file(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).exists() else ""
+    manifest = sha256_file(folder / MANIFEST) if (folder / MANIFEST).exists() else ""
     wrong = verify_manifest(folder) if manifest == merge.manifest_sha256 else [_other_manifest(where, merge, manifest)]
     if wrong:
         raise FoldinError(wrong[0])
@@ -148,7 +147,7 @@ def _other_manifest(where: str, merge: Merge, found: str) -> Refusal:
         code="E_DIGEST",
         what="the version's manifest is not the one that was registered",
         where=where,
-        file=MANIFEST_FILE,
+        file=MANIFEST,
         expected=merge.manifest_sha256[:12],
         found=found[:12] or "no manifest",
         remedy="restore the version's artifacts, or roll back to another version",

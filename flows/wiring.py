@@ -4,9 +4,8 @@ import hashlib
 import json
 import os
 import socket
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -107,16 +106,24 @@ def prefect_api_url() -> str:
 
 
 @contextmanager
-def using_prefect(url: str) -> Iterator[None]:
-    """Send this process's flow runs, and those of its children, to a server while the block runs."""
-    with ExitStack() as stack:
-        os.environ["PREFECT_API_URL"] = url
-        stack.callback(os.environ.pop, "PREFECT_API_URL", None)
-        if "prefect" in sys.modules:  # it read the environment when it was imported, and would start its own server
-            from prefect.settings import PREFECT_API_URL, temporary_settings
+def using_prefect(url: str, *, watched: bool) -> Iterator[None]:
+    """Send this process's flow runs, and those of its children, to a server while the block runs.
 
-            stack.enter_context(temporary_settings({PREFECT_API_URL: url}))
-        yield
+    Args:
+        url: of the server's API.
+        watched: whether the server looks for runs that went silent. Where none does, nothing is sent for it: the end
+            of a run would wait up to a second for the next beat.
+    """
+    os.environ["PREFECT_API_URL"] = url
+    try:
+        # What was imported before read the environment then, and would start a server of its own.
+        from prefect import settings
+
+        beats = {} if watched else {settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with settings.temporary_settings({settings.PREFECT_API_URL: url, **beats}):
+            yield
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -47,6 +47,11 @@ class Leases:
         with database.transaction(self._engine) as tx:
             return bool(tx.execute(update(leases).where(_held(lease)).values(expires=now() + seconds)).rowcount)
 
+    def check(self, lease: Lease) -> None:
+        """Nothing, while the lease is held; E_FENCED once the line was taken over."""
+        with self.fenced(lease):
+            pass
+
     def release(self, lease: Lease) -> None:
         """Give a line back; harmless when it was taken over."""
         with database.transaction(self._engine) as tx:

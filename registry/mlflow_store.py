@@ -17,12 +17,11 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from registry.files import shown, verify_manifest
+from registry.files import MANIFEST, shown, verify_manifest
 from registry.records import ExpertVersion, FoldinError, Refusal
 
 CHAMPION = "champion"
 MERGE_KEY = "foldin.merge_key"
-MANIFEST = Path("foldin/manifest.json")
 TAG_LIMIT = 400  # characters; documents go into artifacts, short facts into tags
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -146,8 +145,8 @@ class MlflowStore:
             runs = self._client.search_runs([experiment], f"tags.`{MERGE_KEY}` = '{merge_key}'", max_results=1)
             if runs:
                 return str(runs[0].info.run_id)
-            shown = {MERGE_KEY: merge_key, "foldin.line": line, **tags}
-            return str(self._client.create_run(experiment, run_name=name, tags=_short(shown)).info.run_id)
+            labels = _short({MERGE_KEY: merge_key, "foldin.line": line, **tags})
+            return str(self._client.create_run(experiment, run_name=name, tags=labels).info.run_id)
 
     def show(
         self,
@@ -193,18 +192,19 @@ class MlflowStore:
         registered = self.registered(line, merge_key)
         if registered is not None:
             return registered
-        shown = _short({MERGE_KEY: merge_key, "foldin.line": line, **tags})
+        labels = _short({MERGE_KEY: merge_key, "foldin.line": line, **tags})
         with self._reached():
-            model = self._logged_model(line, merge_key, run_id, shown)
+            model = self._logged_model(line, merge_key, run_id, labels)
             if str(model.status) != "READY":
                 self._upload(model, folder)
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
                 self._client.finalize_logged_model(model.model_id, "READY")
-            for key, value in metrics.items():
-                self._client.log_metric(run_id, key, value, model_id=model.model_id)
+            self._client.log_batch(
+                run_id, metrics=[Metric(key, value, 0, 0, model_id=model.model_id) for key, value in metrics.items()]
+            )
             self._ensure_model(line)
             version = self._client.create_model_version(
-                line, f"models:/{model.model_id}", run_id, shown, description=description, model_id=model.model_id
+                line, f"models:/{model.model_id}", run_id, labels, description=description, model_id=model.model_id
             )
         return int(version.version)
 
@@ -319,7 +319,7 @@ class MlflowStore:
     def _upload(self, model: LoggedModel, folder: Path) -> None:
         """Every file, the manifest last: a version without one was never finished. Then all of it is read back."""
         files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        for path in [path for path in files if path != MANIFEST] + [MANIFEST]:
+        for path in sorted(files, key=lambda path: path.as_posix() == MANIFEST):
             parent = path.parent.as_posix()
             self._client.log_model_artifact(model.model_id, str(folder / path), None if parent == "." else parent)
         stored = self._local(model.artifact_location, model.model_id, self._cache / "read-back" / model.model_id)

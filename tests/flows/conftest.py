@@ -1,11 +1,19 @@
 """What the flow tests share: one real Prefect server a worker, and the house of a line."""
 
+import os
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
 import pytest
 
 from flows import cli
 from flows.config import load
 from flows.serve import temporary_prefect
 from flows.wiring import house
+
+EMPTY = "empty.db"  # a Prefect database before its first run: making one takes seven seconds
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +27,24 @@ def prefect(tmp_path_factory):
         patch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         patch.delenv("PREFECT_API_URL", raising=False)
         with temporary_prefect(load(folder / "foldin.toml")) as url:
+            with (
+                closing(sqlite3.connect(folder / "prefect.db")) as new,
+                closing(sqlite3.connect(folder / EMPTY)) as kept,
+            ):
+                new.backup(kept)
             yield url
+
+
+@pytest.fixture
+def own_prefect(workshop, prefect, monkeypatch):
+    """For tests that start Prefect servers themselves: none is named, and the database is made already."""
+    empty = Path(os.environ["PREFECT_HOME"]) / EMPTY
+    home = workshop / "prefect"
+    home.mkdir()
+    shutil.copyfile(empty, home / "prefect.db")
+    monkeypatch.setenv("PREFECT_HOME", str(home))
+    monkeypatch.delenv("PREFECT_API_URL")
+    return home
 
 
 @pytest.fixture

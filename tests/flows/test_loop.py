@@ -120,6 +120,24 @@ def test_an_alias_on_a_version_that_never_passed_blocks_the_line_until_it_is_mov
     assert at.ledger.line("tiny").blocked == ""
 
 
+def test_a_moved_alias_is_not_judged_while_mlflow_cannot_be_asked(at, zoo, monkeypatch):
+    for number in (1, 2):
+        register(at, zoo / f"expert-{number}", f"task-{number}")
+    look(at)
+    move_alias(tracking_uri(at.config), "tiny", 2)
+
+    def gone(*arguments):
+        raise FoldinError(Refusal("E_MLFLOW", "gone away"))
+
+    monkeypatch.setattr(at.mlflow, "folder", gone)
+    with pytest.raises(FoldinError, match="gone away"):
+        look(at)
+    monkeypatch.undo()
+    assert (at.ledger.line("tiny").champion, at.ledger.line("tiny").blocked) == (3, "")
+    look(at)
+    assert at.ledger.line("tiny").champion == 2
+
+
 def test_rollback_verifies_its_target_and_leaves_the_champion_when_it_is_damaged(at, zoo):
     from flows.rollback import rollback
 

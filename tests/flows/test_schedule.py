@@ -75,14 +75,11 @@ def marked(mark):
 
 
 @pytest.fixture
-def api(workshop, zoo, monkeypatch):
+def api(workshop, zoo, own_prefect, monkeypatch):
     """The URL of a real Prefect server with a database of its own; named to every process the test starts."""
     toml = workshop / "foldin.toml"
     toml.write_text(toml.read_text().replace("interval = 3600.0", "interval = 15.0") + LINES.format(base=zoo / "base"))
     monkeypatch.chdir(workshop)  # where a plain MLflow client puts artifacts
-    monkeypatch.setenv("PREFECT_HOME", str(workshop / "prefect"))
-    monkeypatch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -26,12 +26,9 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(autouse=True)
-def mark(workshop, monkeypatch):
+def mark(workshop, own_prefect, monkeypatch):
     """What every process that this test starts carries in its environment, children of children included."""
     monkeypatch.chdir(workshop)  # where a plain MLflow client puts artifacts
-    monkeypatch.setenv("PREFECT_HOME", str(workshop / "prefect"))
-    monkeypatch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
     mark = f"FOLDIN_TEST={uuid.uuid4()}"
     monkeypatch.setenv(*mark.split("="))
     yield mark

@@ -79,7 +79,7 @@ def test_the_prefect_api_is_named_to_this_process_and_its_children_while_the_blo
 
     assert wiring.prefect_api_url() == ""
     before = PREFECT_API_URL.value()
-    with wiring.using_prefect("http://127.0.0.1:4200/api"):
+    with wiring.using_prefect("http://127.0.0.1:4200/api", watched=True):
         assert wiring.prefect_api_url() == wiring.child_environment({})["PREFECT_API_URL"]
         # prefect was imported before, and read its settings then
         assert wiring.prefect_api_url() == PREFECT_API_URL.value() == "http://127.0.0.1:4200/api"
