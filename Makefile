@@ -33,6 +33,9 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
+# One thread a process: two processes with two threads each spend half their time waiting for each other.
+unit integration: export OMP_NUM_THREADS := 1
+
 unit: $(STAMP)
 	$(BIN)/pytest -n 2
 
