@@ -46,6 +46,8 @@ def fold(
     progress: Progress,
 ) -> Candidate:
     """The candidate in `scratch`, made or found finished; the same inputs and numerics profile give the same bytes."""
+    from merging.measure import summarise
+
     folder = scratch / "candidate"
     overlap = _finished(scratch)
     if overlap is None:
@@ -56,7 +58,7 @@ def fold(
         _copy_companions(base.folder, parent.folder, folder)
         _write_head(folder, expert)
         write_json(folder / STATE_FILE, _memory(settings, parent, expert, name, plan, stats, measures, weights_sha256))
-        overlap = _summary(measures)
+        overlap = summarise(measures)
         write_json(scratch / DONE_FILE, {"files": hash_tree(folder), "overlap": overlap})
     return Candidate(folder, Memory.read(folder), overlap)
 
@@ -302,12 +304,6 @@ def _write_head(folder: Path, expert: Admitted) -> None:
     if len(expert.head):
         layout = {f"{expert.task}.safetensors": sorted(expert.head)}
         write_checkpoint(folder / HEADS, expert.head.specs, expert.head.__getitem__, layout=layout)
-
-
-def _summary(measures: "Mapping[str, Measure]") -> dict[str, dict[str, float]]:
-    from merging.measure import summarise
-
-    return summarise(measures)
 
 
 def _finished(scratch: Path) -> dict[str, dict[str, float]] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flows.admission import Admitted, suite_of
 from flows.config import LineConfig
-from flows.versions import HEADS, Folded, Memory, Version
+from flows.versions import Folded, Memory, Version, head_of
 from flows.wiring import CODE_FORMAT, House
 from registry import intake
 from registry.files import read_json, write_json
@@ -139,13 +139,10 @@ def _anchors(base: Path, suite: "Suite", device: str) -> "Tensor":
 
 
 def _task(suite: "Suite", folder: Path) -> Task:
-    from registry.weights import Checkpoint, content_sha256
+    from registry.weights import content_sha256
 
-    path = folder / HEADS / f"{suite.task}.safetensors"
-    if not path.exists():
-        return Task(suite, None, "")
-    head = Checkpoint.open_file(path, f"head of task {suite.task}")
-    return Task(suite, head, content_sha256(head)[0])
+    head = head_of(folder, suite.task)
+    return Task(suite, head, content_sha256(head)[0] if head is not None else "")
 
 
 def _check_suite(suite: "Suite", recorded: str) -> None:

@@ -91,12 +91,13 @@ class Version:
         folder = self.folder / STATE_FOLDER
         return Checkpoint.open(folder, f"state of version {self.number}") if folder.exists() else {}
 
-    def head(self, task: str) -> "Checkpoint | None":
-        """The head kept aside for a task; None when it has none."""
-        from registry.weights import Checkpoint
 
-        path = self.folder / HEADS / f"{task}.safetensors"
-        return Checkpoint.open_file(path, f"head of task {task}") if path.exists() else None
+def head_of(folder: Path, task: str) -> "Checkpoint | None":
+    """The head that a version's folder keeps for a task; None when the task needs none."""
+    from registry.weights import Checkpoint
+
+    path = folder / HEADS / f"{task}.safetensors"
+    return Checkpoint.open_file(path, f"head of task {task}") if path.exists() else None
 
 
 def open_version(house: House, line: str, number: int) -> Version:

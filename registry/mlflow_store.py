@@ -253,10 +253,8 @@ class MlflowStore:
             model=version.name,
             version=int(version.version),
             tags=dict(version.tags),
-            source=version.source,
             model_id=model_id,
             status=status,
-            run_id=version.run_id or "",
             created=version.creation_timestamp / 1000,
         )
 

@@ -149,10 +149,8 @@ class ExpertVersion:
     model: str  # registered model name
     version: int
     tags: Mapping[str, str] = field(default_factory=dict)
-    source: str = ""
     model_id: str = ""  # LoggedModel id, "" when the version was not made from one
     status: str = "READY"  # of the LoggedModel, or of the version
-    run_id: str = ""
     created: float = 0.0  # seconds since the epoch, MLflow's clock
 
     @property

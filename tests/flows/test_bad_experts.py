@@ -14,7 +14,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from flows.versions import open_version
+from flows.versions import head_of, open_version
 from flows.wiring import house, tracking_uri
 from registry.records import ExpertState, FoldinError, Refusal
 
@@ -336,10 +336,10 @@ def test_unusual_experts_are_folded(at, zoo, tmp_path):
     assert [(each["state"], each["reason"]) for each in look(at)] == [("folded", "")] * 4
     served = open_version(at, "tiny", 5)
     assert set(served.weights()) == set(load_file(zoo / "base" / WEIGHTS)), "the base's names, and no head among them"
-    assert set(served.head("headed")) == {"classifier.weight", "classifier.bias"}
+    assert set(head_of(served.folder, "headed")) == {"classifier.weight", "classifier.bias"}
     assert [path.name for path in (served.folder / "heads").iterdir()] == ["headed.safetensors"]
     stored = load_file(tmp_path / "headed" / WEIGHTS)["classifier.weight"]
-    assert served.head("headed")["classifier.weight"].equal(stored)
+    assert head_of(served.folder, "headed")["classifier.weight"].equal(stored)
     assert served.memory.tasks == ("prefixed", "bare", "headed")
     assert [expert.version for expert in served.memory.experts] == [1, 2, 3, 4]
     assert served.memory.owner("prefixed").version == 1, "the first suite goes on measuring the task"
