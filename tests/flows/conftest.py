@@ -1,4 +1,4 @@
-"""What the flow tests share: one real Prefect server a worker, the house of a line, the command line in this process."""
+"""What the flow tests share: one real Prefect server a worker, the house of a line, the verbs in this process."""
 
 import shutil
 import sqlite3
@@ -15,7 +15,7 @@ from flows.wiring import house
 
 @pytest.fixture(scope="session")
 def empty(tmp_path_factory, worker_id):
-    """Where a Prefect database before its first run is kept: making one takes seven seconds, so all workers share it."""
+    """Where all workers find a Prefect database before its first run: making one takes seven seconds."""
     mine = tmp_path_factory.getbasetemp()
     return (mine if worker_id == "master" else mine.parent) / "empty.db"
 
