@@ -9,7 +9,6 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -36,7 +35,6 @@ class TextTask:
     gate: tuple[Row, ...]
 
 
-@cache
 def text_task(name: str, *, seed: int = 0) -> TextTask:
     """The task `name` of `sources.SOURCES`; another seed splits the same texts otherwise.
 

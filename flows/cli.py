@@ -38,12 +38,13 @@ def cli(context: click.Context, config_file: Path, quiet: bool, debug: bool) -> 
 @click.option(
     "--base", type=click.Path(path_type=Path), help="Folder of all-MiniLM-L6-v2; default: the Python package."
 )
+@click.option("--steps", default=60, show_default=True, help="Fine-tuning steps of an expert; fewer are quicker.")
 @click.pass_obj
-def demo(options: dict[str, Any], json_file: Path | None, home: Path, base: Path | None) -> None:
+def demo(options: dict[str, Any], json_file: Path | None, home: Path, base: Path | None, steps: int) -> None:
     """Fold five real experts, refuse two bad ones, roll back and forward: the whole loop, offline."""
     from flows.demo import run
 
-    run(home.absolute(), base, json_file, debug=options["debug"])
+    run(home.absolute(), base, json_file, steps, debug=options["debug"])
 
 
 @cli.command()
@@ -203,7 +204,7 @@ def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -
     """Make an earlier (or later) version of LINE the champion, verified first."""
     import getpass
 
-    with _prefect(options, [line]):
+    with _prefect(options, [line], check=False):  # it needs none of them, and must work when they are wrong
         from flows.rollback import rollback as roll_back
 
         moved = roll_back(line, because, to, getpass.getuser(), str(options["config_file"]))
@@ -287,7 +288,7 @@ def _house(options: dict[str, Any]) -> "House":
 
 
 @contextmanager
-def _prefect(options: dict[str, Any], lines: Sequence[str]) -> Iterator[None]:
+def _prefect(options: dict[str, Any], lines: Sequence[str], *, check: bool = True) -> Iterator[None]:
     """A Prefect API for the flow runs of one verb; what can be checked is checked while its server starts."""
     config = _prepared(options)
     settings = {line: config.line(line) for line in lines}
@@ -296,7 +297,9 @@ def _prefect(options: dict[str, Any], lines: Sequence[str]) -> Iterator[None]:
     def meanwhile() -> None:
         from flows.starting import check_settings
 
-        if len(settings) == 1:  # of several, each is checked in its own flow run: its mistake is not the others'
+        if (
+            check and len(settings) == 1
+        ):  # of several, each is checked in its own flow run: its mistake is not the others'
             check_settings(settings[lines[0]], lines[0])
         _house(options)
 
@@ -337,6 +340,9 @@ def _busy(text: str) -> None:
 
 
 def _fail(text: str, code: int) -> NoReturn:
+    from flows.telling import hush
+
+    hush()
     click.echo(f"error: {text}", err=True)
     sys.exit(code)
 

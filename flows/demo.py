@@ -46,13 +46,14 @@ class Story:
         self.facts["seconds"] = round(time.monotonic() - self._started, 1)
 
 
-def run(home: Path, base: Path | None, json_file: Path | None, *, debug: bool) -> None:
+def run(home: Path, base: Path | None, json_file: Path | None, steps: int, *, debug: bool) -> None:
     """The demonstration from nothing: earlier runs in `home` are removed, fine-tuned experts are kept.
 
     Args:
         home: folder of the demonstration.
         base: folder of all-MiniLM-L6-v2; None for the one in the Python package.
         json_file: where to write the facts of the run; None for nowhere.
+        steps: of the optimizer, for each expert.
         debug: show Prefect's log.
     """
     story = Story()
@@ -63,15 +64,15 @@ def run(home: Path, base: Path | None, json_file: Path | None, *, debug: bool) -
 
     folder = base_folder(base)
     trained: dict[str, tuple[TextTask, Path]] = {}
-    with temporary_prefect(load(config_file), lambda: trained.update(_prepare(config_file, folder, story))):
+    with temporary_prefect(load(config_file), lambda: trained.update(_prepare(config_file, folder, steps, story))):
         _live(config_file, folder, trained, story)
     _close(config_file, json_file, story)
 
 
-def _prepare(config_file: Path, base: Path, story: Story) -> "Mapping[str, tuple[TextTask, Path]]":
+def _prepare(config_file: Path, base: Path, steps: int, story: Story) -> "Mapping[str, tuple[TextTask, Path]]":
     """What comes before the first flow run: task -> expert, and a line."""
     story.chapter("Fine-tuning five experts from one base (kept for the next run)")
-    trained = _train(base, config_file.parent.parent / "cache")
+    trained = _train(base, config_file.parent.parent / "cache", steps)
     story.chapter("Starting the line: the base becomes version 1")
     _start(config_file, write_line(config_file, LINE, base, [EXPERTS], None))
     return trained
@@ -83,7 +84,7 @@ def _live(config_file: Path, base: Path, trained: "Mapping[str, tuple[TextTask, 
     story.chapter("Each expert is registered with a plain MLflow client; the watch flow finds it and folds it")
     _fold_all(config_file, config, trained, story)
     story.chapter("An expert trained on shuffled labels, and one with a NaN")
-    _refuse_bad(config_file, config, base, story)
+    _refuse_bad(config_file, config, base, trained, story)
     story.chapter("A person moves the alias two versions back in MLflow; foldin adopts it, then rolls forward")
     _back_and_forth(config_file, config, story)
     story.chapter("What it was worth")
@@ -103,7 +104,7 @@ def _fresh(home: Path) -> Path:
     return config_file
 
 
-def _train(base: Path, cache: Path) -> "dict[str, tuple[TextTask, Path]]":
+def _train(base: Path, cache: Path, steps: int) -> "dict[str, tuple[TextTask, Path]]":
     from experiments.texts import text_task
     from experiments.zoo import DEMONSTRATION, expert
 
@@ -111,7 +112,7 @@ def _train(base: Path, cache: Path) -> "dict[str, tuple[TextTask, Path]]":
     for name, recipe in DEMONSTRATION.items():
         task, before = text_task(name), time.monotonic()
         with bar(f"fine-tuning {name}") as progress:
-            folder = expert(task, cache, base, recipe, progress)
+            folder = expert(task, cache, base, recipe._replace(steps=steps), progress)
         trained[name] = (task, folder)
         say(f"  {name:<10} {len(task.labels):>2} labels  {time.monotonic() - before:5.1f} s")
     return trained
@@ -135,21 +136,21 @@ def _fold_all(config_file: Path, config: Config, trained: "Mapping[str, tuple[Te
     story.note(folded=[each for each in outcomes if each["state"] == "folded"], outcomes=outcomes)
 
 
-def _refuse_bad(config_file: Path, config: Config, base: Path, story: Story) -> None:
+def _refuse_bad(
+    config_file: Path, config: Config, base: Path, trained: "Mapping[str, tuple[TextTask, Path]]", story: Story
+) -> None:
     from experiments.plain_client import champion, register_expert
-    from experiments.texts import text_task
     from experiments.zoo import DEMONSTRATION, expert, poison
 
     uri, home = tracking_uri(config), config_file.parent.parent
     before = champion(uri, LINE)
     recipe = DEMONSTRATION[BAD]._replace(shuffled=True, steps=20)  # enough to ruin it
     with bar("fine-tuning on shuffled labels") as progress:
-        bad = expert(text_task(BAD), home / "cache", base, recipe, progress)
+        bad = expert(trained[BAD][0], home / "cache", base, recipe, progress)
     register_expert(uri, EXPERTS, bad, BAD, artifact_root(config))
     rejected = _watch(config_file)
     after_bad = champion(uri, LINE)
-    good = expert(text_task(BROKEN), home / "cache", base, DEMONSTRATION[BROKEN])
-    register_expert(uri, EXPERTS, poison(good, home / "run/broken"), BROKEN, artifact_root(config))
+    register_expert(uri, EXPERTS, poison(trained[BROKEN][1], home / "run/broken"), BROKEN, artifact_root(config))
     quarantined = _watch(config_file)
     story.note(
         rejected=rejected,

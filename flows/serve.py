@@ -85,7 +85,7 @@ def prefect_server(config: Config, port: int = 4200) -> Iterator[str]:
     """
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     pages = {"PREFECT_UI_API_URL": f"http://{HOST}:{port}/api"}  # where the browser asks; the default is port 4200
-    with _prefect(config, Page("Prefect", port, "--prefect-port", "/api/health"), command, pages) as url:
+    with _prefect(config, Page("Prefect", port, "--prefect-port", "/api/health"), command, pages, watched=True) as url:
         say(f"Prefect: {url.removesuffix('/api')}")
         yield url
 
@@ -103,7 +103,7 @@ def temporary_prefect(config: Config, meanwhile: Callable[[], object] = lambda: 
     page = Page("Prefect (temporary)", _free_port(), "", "/api/health")
     app = ["--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error"]
     command = [sys.executable, "-m", "uvicorn", *app, "--host", HOST, "--port", str(page.port)]
-    with _prefect(config, page, command, TEMPORARY, meanwhile) as url:
+    with _prefect(config, page, command, TEMPORARY, meanwhile, watched=False) as url:
         yield url
 
 
@@ -135,6 +135,8 @@ def _prefect(
     command: list[str],
     environment: Mapping[str, str],
     meanwhile: Callable[[], object] = lambda: None,
+    *,
+    watched: bool,
 ) -> Iterator[str]:
     """The API that PREFECT_API_URL names, or that of a new server, named there while the block runs."""
     named = wiring.prefect_api_url()
@@ -144,7 +146,7 @@ def _prefect(
         yield named
         return
     url = f"{page.url}/api"
-    with _process(config, page, command, environment) as server, wiring.using_prefect(url, watched=bool(page.option)):
+    with _process(config, page, command, environment) as server, wiring.using_prefect(url, watched=watched):
         meanwhile()
         _wait_for(page, server, _log(config, page))
         try:

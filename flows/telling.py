@@ -30,7 +30,7 @@ def speak(loud: bool) -> None:
 def say(text: str) -> None:
     """One line for people."""
     logger.info(text)
-    _hush()
+    hush()
     if _Voice.loud:
         _console().print(text, markup=False)
 
@@ -38,7 +38,7 @@ def say(text: str) -> None:
 def busy(text: str) -> None:
     """A spinner, on a terminal, until the next line or bar: for what takes seconds and has no steps."""
     if _Voice.loud and sys.stderr.isatty():
-        _hush()
+        hush()
         _Voice.spinner = _console().status(text)
         _Voice.spinner.start()
 
@@ -46,7 +46,7 @@ def busy(text: str) -> None:
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, told (done, total). Elsewhere silent: `say` marks the steps."""
-    _hush()
+    hush()
     if not (_Voice.loud and sys.stderr.isatty()):
         yield lambda done, total: None
         return
@@ -58,7 +58,8 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _hush() -> None:
+def hush() -> None:
+    """Stop the spinner, which else would keep the terminal's cursor hidden."""
     if _Voice.spinner is not None:
         _Voice.spinner.stop()
         _Voice.spinner = None

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -199,9 +200,9 @@ class MlflowStore:
                 self._upload(model, folder)
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
                 self._client.finalize_logged_model(model.model_id, "READY")
-            self._client.log_batch(
-                run_id, metrics=[Metric(key, value, 0, 0, model_id=model.model_id) for key, value in metrics.items()]
-            )
+            now = int(time.time() * 1000)
+            measured = [Metric(key, value, now, 0, model_id=model.model_id) for key, value in metrics.items()]
+            self._client.log_batch(run_id, metrics=measured)
             self._ensure_model(line)
             version = self._client.create_model_version(
                 line, f"models:/{model.model_id}", run_id, labels, description=description, model_id=model.model_id

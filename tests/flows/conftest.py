@@ -1,5 +1,6 @@
 """What the flow tests share: one real Prefect server a worker, the house of a line, the verbs in this process."""
 
+import os
 import shutil
 import sqlite3
 from contextlib import ExitStack, closing
@@ -77,4 +78,7 @@ def verbs(capsys, prefect):
 
         return run
 
-    return of
+    before = dict(os.environ)
+    yield of
+    os.environ.clear()
+    os.environ.update(before)

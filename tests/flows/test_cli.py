@@ -1,12 +1,11 @@
 """The command line: quick, plain, one line an error; data on stdout; and nothing a stranger wrote is obeyed."""
 
 import json
-import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
-import time
 import unicodedata
 
 import pytest
@@ -38,10 +37,15 @@ def folder(tmp_path):
 
 
 def test_help_is_quick():
+    def spent():
+        """Of processor time: the other workers keep both cores busy."""
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
     def seconds():
-        begun = time.perf_counter()
+        before = spent()
         subprocess.run([sys.executable, "-m", "flows.cli", "--help"], check=True, capture_output=True)
-        return time.perf_counter() - begun
+        return spent() - before
 
     assert statistics.median(seconds() for _ in range(5)) < 0.3
 
@@ -307,12 +311,9 @@ def test_what_could_not_be_measured_is_null_and_not_nan():
 @pytest.fixture(scope="module")
 def line(tmp_path_factory, furnish, prefect):
     """The foldin.toml of a line with one expert folded, one set aside, and one rejected; made through the verbs."""
-    before = dict(os.environ)
     toml = furnish(tmp_path_factory.mktemp("line")) / "foldin.toml"
     yield toml
     house(str(toml)).ledger.close()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture
@@ -348,7 +349,9 @@ def test_from_init_to_rollback_each_verb_ends_with_its_code_and_puts_only_data_o
     assert "Nothing can be folded in tiny now: none waits" in said
     assert verb("watch", "tiny")[:2] == (3, "tiny-experts v3: rejected\n")
     line.write_text(strict)
+    line.write_text(strict.replace("[lines.tiny.gate]", 'device = "cuda:99"\n[lines.tiny.gate]'))  # it needs no device
     assert verb("rollback", "tiny", "--because", "a test", "--to", "1")[:2] == (0, "tiny: v2 -> v1\n")
+    line.write_text(strict)
     assert verb("rollback", "tiny", "--because", "a test", "--to", "2")[:2] == (0, "tiny: v1 -> v2\n")
 
 

@@ -216,7 +216,7 @@ def test_killed_in_the_middle_of_a_fold_it_ends_with_the_champion_of_an_undistur
         ("registry.ledger", "Ledger.enrol", "after", 2),
         ("merging.fold", "fold_tensor", "after", 5),  # of the first expert
         ("mlflow", "MlflowClient.create_model_version", "after", 2),  # the second
-        ("registry.ledger", "Ledger.commit", "after", 1),  # the third, before its alias is moved
+        ("registry.ledger", "Ledger.commit", "after", 2),  # the third, before its alias is moved
     )
     assert forge.life(stocked)[1] == 0, forge.said()
     assert look_at(stocked) == undisturbed(stocked)

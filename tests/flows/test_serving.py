@@ -151,7 +151,7 @@ def test_a_killed_watch_leaves_no_process(workshop, config, zoo, mark):
     command = [sys.executable, "-m", "flows.cli", "watch", "tiny"]
     with subprocess.Popen(command, cwd=workshop, stderr=subprocess.PIPE, text=True) as watching:
         next(line for line in watching.stderr if "folding into tiny v1" in line)
-        assert len(marked(mark)) > 1
+        assert len(marked(mark)) == 3, "the watch, one Prefect server and what ends it"
         watching.kill()
     wait_until(lambda: not marked(mark), 20)
 
@@ -186,6 +186,13 @@ def test_a_server_that_does_not_start_says_where_its_words_are(config, monkeypat
     assert str(log) in str(refused.value)
     assert "nosuch" in log.read_text()
     assert marked(mark) == []
+
+
+def test_what_fails_while_a_server_starts_ends_it(config, mark):
+    with pytest.raises(ZeroDivisionError), temporary_prefect(config, lambda: 1 / 0):
+        pass
+    assert marked(mark) == []
+    assert "PREFECT_API_URL" not in os.environ
 
 
 @pytest.fixture
