@@ -38,13 +38,12 @@ def cli(context: click.Context, config_file: Path, quiet: bool, debug: bool) -> 
 @click.option(
     "--base", type=click.Path(path_type=Path), help="Folder of all-MiniLM-L6-v2; default: the Python package."
 )
-@click.option("--steps", default=60, show_default=True, help="Fine-tuning steps of an expert; fewer are quicker.")
 @click.pass_obj
-def demo(options: dict[str, Any], json_file: Path | None, home: Path, base: Path | None, steps: int) -> None:
+def demo(options: dict[str, Any], json_file: Path | None, home: Path, base: Path | None) -> None:
     """Fold five real experts, refuse two bad ones, roll back and forward: the whole loop, offline."""
     from flows.demo import run
 
-    run(home.absolute(), base, json_file, steps, debug=options["debug"])
+    run(home.absolute(), base, json_file, debug=options["debug"])
 
 
 @cli.command()

@@ -70,11 +70,7 @@ def make_expert(base, folder, seed, size=0.02):
     return folder
 
 
-# The first worker gets the longest file, on which all wait in the end: the others stand back for it.
-if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
-    os.nice(10)
-
-LONGEST = ("test_demo.py", "test_kill.py", "test_serving.py", "test_schedule.py", "test_loop.py", "test_bad_experts.py")
+LONGEST = ("test_kill.py", "test_serving.py", "test_schedule.py", "test_loop.py", "test_bad_experts.py")
 
 
 def pytest_collection_modifyitems(items):
