@@ -292,15 +292,17 @@ def _prefect(options: dict[str, Any], lines: Sequence[str], *, check: bool = Tru
     config = _prepared(options)
     settings = {line: config.line(line) for line in lines}
     from flows.serve import temporary_prefect
+    from flows.wiring import house
+
+    # One line's mistake is not the others': of several, each is checked in its own flow run.
+    checked = settings if check and len(settings) == 1 else {}
 
     def meanwhile() -> None:
         from flows.starting import check_settings
 
-        if (
-            check and len(settings) == 1
-        ):  # of several, each is checked in its own flow run: its mistake is not the others'
-            check_settings(settings[lines[0]], lines[0])
-        _house(options)
+        for line, each in checked.items():
+            check_settings(each, line)
+        house(str(options["config_file"]))
 
     _busy("starting Prefect")
     with temporary_prefect(config, meanwhile):

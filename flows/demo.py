@@ -198,10 +198,8 @@ def _compare(at: House, trained: "Mapping[str, tuple[TextTask, Path]]", story: S
         return {name: each.value for name, each in found.items()}
 
     rows = {"base": measure("the base", base.weights(), tasks)}
-    rows["experts, each on its own task"] = {
-        name: measure(name, experts[name], [name])[name]
-        for name in tasks  # a task whose expert was refused is not known
-    }
+    # The line does not know the task of an expert that it refused.
+    rows["experts, each on its own task"] = {name: measure(name, experts[name], [name])[name] for name in tasks}
     projected = served.memory.projected
     for title, method in (("average", "average"), ("task arithmetic 0.3", "task_arithmetic")):
         merged = merge(base.weights(), list(experts.values()), method, projected=projected)

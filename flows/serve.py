@@ -30,7 +30,7 @@ class Page(NamedTuple):
 
     name: str  # "Prefect"
     port: int
-    option: str  # of the command line, that chooses another port; "" for a temporary server on any free one
+    option: str  # of the command line, that chooses another port; "" when the port is any free one
     health: str  # path that answers once the server is up
 
     @property

@@ -101,7 +101,7 @@ def prepare_environment(config: Config, *, verbose: bool = False) -> None:
 
 
 def prefect_api_url() -> str:
-    """The Prefect API the user named; "" when none: then a local server lives as long as the process."""
+    """The Prefect API that the environment names, the user's or that of `using_prefect`; "" when none."""
     return os.environ.get("PREFECT_API_URL", "")
 
 

@@ -76,16 +76,9 @@ class MlflowStore:
         Raises:
             FoldinError: E_SOURCE when there is nothing at the source.
         """
-        target = self._cache / "experts" / expert.model / str(expert.version)
-        with self._reached():
-            try:
-                uri = self._client.get_model_version_download_uri(expert.model, str(expert.version))
-                get_artifact_repository(uri)  # raises for a scheme that nobody serves
-                return self._local(uri, expert.name, target)
-            except MlflowException as error:
-                if _unreachable(error):
-                    raise
-                raise FoldinError(_nothing_there(expert.name, shown(str(error)))) from error
+        return self._artifacts(
+            expert.model, expert.version, self._cache / "experts" / expert.model / str(expert.version)
+        )
 
     # a line's versions
 
@@ -121,11 +114,13 @@ class MlflowStore:
             )
 
     def folder(self, line: str, version: int) -> Path:
-        """The local folder with one version's artifacts; verify it against its manifest before use."""
-        with self._reached():
-            uri = self._client.get_model_version_download_uri(line, str(version))
-            known = self._cache / "versions" / line / str(version)
-            return known if known.is_dir() else self._local(uri, f"{line} v{version}", known)
+        """The local folder with one version's artifacts; verify it against its manifest before use.
+
+        Raises:
+            FoldinError: E_SOURCE when there is nothing at the source.
+        """
+        known = self._cache / "versions" / line / str(version)
+        return known if known.is_dir() else self._artifacts(line, version, known)
 
     def versions(self, line: str) -> list[int]:
         """The numbers of a line's registered versions, ascending."""
@@ -266,6 +261,18 @@ class MlflowStore:
             if _missing(error):
                 return "DELETED"
             raise
+
+    def _artifacts(self, model: str, version: int, target: Path) -> Path:
+        """The local folder of a version's artifacts: E_SOURCE when they are gone, E_MLFLOW when nobody can be asked."""
+        with self._reached():
+            try:
+                uri = self._client.get_model_version_download_uri(model, str(version))
+                get_artifact_repository(uri)  # raises for a scheme that nobody serves
+                return self._local(uri, f"{model} v{version}", target)
+            except MlflowException as error:
+                if _unreachable(error):
+                    raise
+                raise FoldinError(_nothing_there(f"{model} v{version}", shown(str(error)))) from error
 
     def _local(self, uri: str, where: str, target: Path) -> Path:
         """The folder behind an artifact URI: itself when it is on this machine, else a whole download at `target`."""

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sqlite3
-from contextlib import ExitStack, closing
+from contextlib import closing, contextmanager
 
 import pytest
 from filelock import FileLock
@@ -14,30 +14,40 @@ from flows.serve import temporary_prefect
 from flows.wiring import house
 
 
+@contextmanager
+def serving(folder):
+    """The URL of a real Prefect server that keeps its database in a folder."""
+    (folder / "foldin.toml").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(folder))
+        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        patch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with temporary_prefect(load(folder / "foldin.toml")) as url:
+            yield url
+
+
 @pytest.fixture(scope="session")
 def empty(tmp_path_factory, worker_id):
-    """Where all workers find a Prefect database before its first run: making one takes seven seconds."""
+    """A Prefect database before its first run, the same for all workers: making one takes seven seconds."""
     mine = tmp_path_factory.getbasetemp()
-    return (mine if worker_id == "master" else mine.parent) / "empty.db"
+    shared = (mine if worker_id == "master" else mine.parent) / "empty.db"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            folder = tmp_path_factory.mktemp("first")
+            with serving(folder):
+                pass
+            with closing(sqlite3.connect(folder / "prefect.db")) as made, closing(sqlite3.connect(shared)) as kept:
+                made.backup(kept)
+    return shared
 
 
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory, empty):
     """The URL of a real Prefect server, named to this process and to every process that a test starts."""
     folder = tmp_path_factory.mktemp("prefect")
-    (folder / "foldin.toml").write_text("")
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setenv("PREFECT_HOME", str(folder))
-        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        patch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-        patch.delenv("PREFECT_API_URL", raising=False)
-        with FileLock(f"{empty}.lock"):
-            if empty.exists():
-                shutil.copyfile(empty, folder / "prefect.db")
-            url = stack.enter_context(temporary_prefect(load(folder / "foldin.toml")))
-            if not empty.exists():
-                with closing(sqlite3.connect(folder / "prefect.db")) as new, closing(sqlite3.connect(empty)) as kept:
-                    new.backup(kept)
+    shutil.copyfile(empty, folder / "prefect.db")
+    with serving(folder) as url:
         yield url
 
 

@@ -24,6 +24,15 @@ def look(at):
     return watch("tiny", str(at.config.folder / "foldin.toml"))
 
 
+def failing(what):
+    """A stand-in for a call that needs an MLflow which is away."""
+
+    def call(*arguments):
+        raise FoldinError(Refusal("E_MLFLOW", what))
+
+    return call
+
+
 def register(at, folder, task):
     return register_expert(tracking_uri(at.config), "tiny-experts", folder, task, artifact_root(at.config))
 
@@ -128,9 +137,7 @@ def test_a_moved_alias_is_not_judged_while_mlflow_cannot_be_asked(at, zoo, monke
     look(at)
     move_alias(tracking_uri(at.config), "tiny", 2)
 
-    def gone(*arguments):
-        raise FoldinError(Refusal("E_MLFLOW", "gone away"))
-
+    gone = failing("gone away")
     monkeypatch.setattr(at.mlflow, "folder", gone)
     with pytest.raises(FoldinError, match="gone away"):
         look(at)
@@ -190,9 +197,7 @@ def test_a_run_that_died_after_the_ledger_and_before_the_alias_is_finished_by_th
 
     register(at, zoo / "expert-1", "task-1")
 
-    def died(*arguments):
-        raise FoldinError(Refusal("E_MLFLOW", "gone away"))
-
+    died = failing("gone away")
     monkeypatch.setattr(merge, "follow", died)
     with pytest.raises(FoldinError, match="gone away"):
         look(at)
@@ -341,9 +346,7 @@ def test_a_late_move_of_an_overtaken_run_is_put_back_once_and_then_a_person_is_b
     config = str(at.config.folder / "foldin.toml")
     register(at, zoo / "expert-1", "task-1")
 
-    def paused(*arguments):
-        raise FoldinError(Refusal("E_MLFLOW", "paused before the alias"))
-
+    paused = failing("paused before the alias")
     monkeypatch.setattr(merge, "follow", paused)
     with pytest.raises(FoldinError, match="paused"):
         look(at)
@@ -378,9 +381,7 @@ def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_
     look(at)
     register(at, zoo / "expert-1", "task-1")
 
-    def died(*arguments):
-        raise FoldinError(Refusal("E_MLFLOW", "died after registering"))
-
+    died = failing("died after registering")
     monkeypatch.setattr(at.ledger, "commit", died)
     with pytest.raises(FoldinError, match="died after"):
         look(at)
@@ -397,9 +398,7 @@ def test_a_rollback_and_a_fold_that_were_both_cut_off_end_where_the_rollback_wan
     from flows import merge
     from flows.rollback import rollback
 
-    def died(*arguments):
-        raise FoldinError(Refusal("E_MLFLOW", "died before the alias"))
-
+    died = failing("died before the alias")
     for number in (1, 2):
         register(at, zoo / f"expert-{number}", f"task-{number}")
         if number == 2:
