@@ -10,9 +10,11 @@
 tensor([2., 1.])
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from merging.method import Method, Role, State, positive, zero_total
+from merging.method import Method, Role, State, Stats, positive, zero_total
 
 
 def average() -> Method:
@@ -21,7 +23,7 @@ def average() -> Method:
     One expert alone gives that expert. Before the first expert the mean is defined as zero.
     Source: stochastic weight averaging, arXiv 1803.05407, and model soups, arXiv 2203.05482.
     """
-    return Method(zero_total, _add, lambda state, stats: state["total"] * (1.0 / stats.count if stats.count else 0.0))
+    return scaled_sum(lambda stats: 1.0 / stats.count if stats.count else 0.0)
 
 
 def task_arithmetic(scale: float = 0.3) -> Method:  # share of each task vector that is added, > 0
@@ -34,7 +36,18 @@ def task_arithmetic(scale: float = 0.3) -> Method:  # share of each task vector 
         MergeError: scale is not a finite number above 0.
     """
     scale = positive("task_arithmetic: scale", scale)
-    return Method(zero_total, _add, lambda state, stats: state["total"] * scale)
+    return scaled_sum(lambda stats: scale)
+
+
+def scaled_sum(scale: Callable[[Stats], float]) -> Method:
+    """The method that adds `scale(stats)` times the sum of all task vectors."""
+    return Method(
+        zero_total,
+        _add,
+        lambda state, stats: state["total"] * scale(stats),
+        entrywise=True,
+        rotatable=True,
+    )
 
 
 def _add(state: State, delta: Tensor, role: Role) -> State:

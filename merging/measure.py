@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from merging.method import State
 
-# Entries turned into float64 at a time, so that the sums need no second copy of a large tensor.
-BLOCK = 1 << 22
+# Entries looked at together: few enough that their float64 copies stay in a core's cache.
+BLOCK = 1 << 16
+# A graphics processor has no such cache, but a start-up cost for each piece of work.
+DEVICE_BLOCK = 1 << 24
 
 
 class Measure(NamedTuple):
@@ -27,27 +29,52 @@ class Measure(NamedTuple):
     removed: float  # share of ||expert - base||^2 that the fold did not add to the total, in [0, 1]
 
 
+def blocks(tensor: Tensor) -> Iterator[slice]:
+    """Slices that cover a tensor's entries in order, at least one."""
+    step = BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK
+    return (slice(start, start + step) for start in range(0, max(1, tensor.numel()), step))
+
+
+def products(delta: Tensor, after: Tensor, before: Tensor) -> Tensor:  # each (n,), any float dtype -> (3, 3), float64
+    """The inner products of the three with each other."""
+    wide = torch.stack([each.double() for each in (delta, after, before)])
+    return wide @ wide.mT
+
+
 def measure(
     before: State | None,  # None: no expert has moved this tensor yet
     delta: Tensor,  # expert - base, float32, any shape
     after: State,
 ) -> Measure:
-    """What one fold did to one tensor; sums in float64.
+    """What one fold did to one tensor; sums in float64."""
+    total = after["total"].reshape(-1)
+    earlier = torch.zeros(1).expand(len(total)) if before is None else before["total"].reshape(-1)
+    flat = delta.reshape(-1)
+    return measured(sum_of(products(flat[part], total[part], earlier[part].to(flat)) for part in blocks(flat)))
 
-    `removed` compares delta with what the total gained, so it is about 1e-14 where delta was simply added, and has the
-    meaning "removed by the projection" for methods that add.
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:  # (3, 3) each
+    """Their sum, in order."""
+    first, *others = parts
+    for other in others:
+        first += other
+    return first
+
+
+def measured(sums: Tensor) -> Measure:  # (3, 3), float64: `products` over all entries
+    """The measure of a fold.
+
+    `removed` compares delta with what the total gained, so it is 0 up to rounding (about 1e-14) where delta was simply
+    added, and has the meaning "removed by the projection" for methods that add.
     """
-    total = after["total"]
-    earlier = torch.zeros_like(total) if before is None else before["total"]
-    flat = [one.flatten() for one in (delta, total, earlier)]
-    starts = range(0, max(1, delta.numel()), BLOCK)
-    rows = [_sums(*(one[start : start + BLOCK].double() for one in flat)) for start in starts]
-    own, whole, past, shared, lost = (math.fsum(column) for column in zip(*rows, strict=True))
+    (own, gained, shared), (_, whole, kept), (_, _, past) = sums.tolist()
+    # ||delta - (after - before)||^2
+    lost = own + whole + past + 2 * (shared - gained - kept)
     return Measure(
         delta_norm=math.sqrt(own),
         total_norm=math.sqrt(whole),
         cosine=_ratio(shared, math.sqrt(own) * math.sqrt(past)),
-        removed=min(1.0, _ratio(lost, own)),
+        removed=min(1.0, _ratio(max(0.0, lost), own)),
     )
 
 
@@ -81,12 +108,6 @@ def _join(members: list[Measure]) -> Measure:
 def _mean(values: Iterable[float], weights: list[float]) -> float:
     products = [value * weight for value, weight in zip(values, weights, strict=True)]
     return _ratio(math.fsum(products), math.fsum(weights))
-
-
-def _sums(delta: Tensor, total: Tensor, earlier: Tensor) -> tuple[float, ...]:  # each (n,), float64
-    lost = delta - (total - earlier)
-    pairs = ((delta, delta), (total, total), (earlier, earlier), (delta, earlier), (lost, lost))
-    return tuple(float(left @ right) for left, right in pairs)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -24,8 +24,9 @@ class MergeError(ValueError):
 class Role(NamedTuple):
     """How one tensor takes part in a fold."""
 
-    projected: bool = False  # a matrix that the method may project; all other tensors are folded entry by entry
+    projected: bool = False  # matrices that the method may project; all other tensors are folded entry by entry
     noise: float = 0.0  # spectral norm of the storage rounding inside the total, same unit as its singular values, >= 0
+    stacked: bool = False  # one matrix per index of the first axis; else one matrix, (first axis, all others)
 
 
 class Stats(NamedTuple):
@@ -37,11 +38,18 @@ class Stats(NamedTuple):
 
 
 class Method(NamedTuple):
-    """One merge rule for one parameter. Arguments are never changed."""
+    """One merge rule for one parameter. Arguments are never changed.
+
+    A tensor that is not projected is folded entry by entry, so that a large one may be given piece by piece.
+    """
 
     init: Callable[[Tensor], State]  # base, any shape -> the state before the first expert, all zeros
     fold: Callable[[State, Tensor, Role], State]  # state, expert - base in float32, role -> next state
     read: Callable[[State, Stats], Tensor]  # state, stats after the fold -> what to add to the base, float32
+    entrywise: bool = False  # `read` too works entry by entry
+    # fold(U A V, U D V) == U fold(A, D) V for every A, D and orthonormal U, V: matrices of low rank can be folded by
+    # their factors. Such a method keeps the slot "total" alone.
+    rotatable: bool = False
 
 
 def zero_total(base: Tensor) -> State:

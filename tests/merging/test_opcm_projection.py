@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from merging import Stats, merge
 from merging.method import Role
-from merging.opcm import VARIANTS, opcm, project
-from merging.spectrum import split_rank, triplets
+from merging.opcm import VARIANTS, _work_dtype, opcm, project
+from merging.spectrum import directions, gram, split_rank
 
 SHAPES = [(12, 5), (5, 12), (7, 7)]
 
@@ -32,6 +32,13 @@ def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64
 
 def low_rank(shape: tuple[int, int], rank: int, seed: int) -> torch.Tensor:
     return normal((shape[0], rank), seed) @ normal((rank, shape[1]), seed + 1)
+
+
+def triplets(matrix: torch.Tensor, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if matrix.shape[0] < matrix.shape[1]:
+        return triplets(matrix.mT, noise)[::-1]
+    sigma, right = directions(gram(matrix), noise)
+    return matrix.double() @ right / sigma, sigma, right
 
 
 def distance(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -97,7 +104,7 @@ def test_the_removed_entries_are_those_of_the_variant(variant, shape):
 
 def test_the_paper_variant_also_removes_what_a_leading_direction_shares_with_the_complement():
     total, delta = normal((12, 5), 1), normal((12, 5), 2)
-    leading = triplets(total).right[:, : split_rank(triplets(total).sigma, 0.5)]
+    leading = triplets(total)[2][:, : split_rank(triplets(total)[1], 0.5)]
     assert float((project(total, delta, 0.5, variant="paper") @ leading).norm()) < 1e-12
     assert float((project(total, delta, 0.5) @ leading).norm()) > 0.1
 
@@ -145,7 +152,7 @@ def test_a_tiny_change_of_a_rank_deficient_total_does_not_move_the_result(oracle
 def test_after_a_low_rank_expert_only_its_own_directions_are_removed():
     total, delta = low_rank((30, 20), 4, 1), normal((30, 20), 3)
     removed = delta - project(total, delta, 0.5)
-    assert len(triplets(total).sigma) == 4
+    assert len(triplets(total)[1]) == 4
     assert int(torch.linalg.matrix_rank(removed)) <= 4
     rows = torch.linalg.svd(total, full_matrices=False).Vh[:4]
     assert distance(removed @ rows.mT @ rows, removed) < 1e-12
@@ -163,7 +170,7 @@ def test_the_triplets_rebuild_the_matrix_with_orthonormal_factors():
 
 def test_directions_below_the_noise_are_left_alone():
     total = torch.diag(torch.tensor([4.0, 2.0, 1e-3]))
-    assert triplets(total, noise=1e-2).sigma.tolist() == pytest.approx([4.0, 2.0])
+    assert triplets(total, noise=1e-2)[1].tolist() == pytest.approx([4.0, 2.0])
     assert project(total, torch.eye(3), 0.5, noise=1e-2).diagonal().tolist() == pytest.approx([0.0, 0.0, 1.0])
 
 
@@ -193,3 +200,45 @@ def test_the_merged_model_lies_at_strength_times_the_mean_distance_of_its_expert
 def test_reading_before_any_expert_moved_gives_zero():
     rule = opcm()
     assert torch.equal(rule.read(rule.init(torch.ones(3)), Stats(count=1.0)), torch.zeros(3))
+
+
+def folded(shape: tuple[int, ...], role: Role) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    total, delta = normal(shape, 1, torch.float32), normal(shape, 2, torch.float32)
+    return total, delta, opcm().fold({"total": total}, delta, role)["total"]
+
+
+def test_every_matrix_of_a_stack_is_projected_on_its_own():
+    total, delta, after = folded((3, 12, 5), Role(projected=True, stacked=True))
+    for old, new, found in zip(total, delta, after, strict=True):
+        assert distance(found, old + project(old, new, 0.5)) < 1e-6
+
+
+def test_a_convolution_is_projected_as_output_by_all_the_rest():
+    total, delta, after = folded((6, 2, 3, 3), Role(projected=True))
+    wanted = total.flatten(1) + project(total.flatten(1), delta.flatten(1), 0.5)
+    assert distance(after.flatten(1), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(300, 7), (7, 300)])
+def test_the_length_of_the_blocks_changes_no_more_than_rounding(shape, variant, monkeypatch):
+    total, delta = normal(shape, 1), normal(shape, 2)
+    whole = project(total, delta, 0.5, variant=variant)
+    monkeypatch.setattr("merging.spectrum.BLOCK", 100)
+    assert distance(project(total, delta, 0.5, variant=variant), whole) < 1e-13
+
+
+@pytest.mark.parametrize(("spread", "dtype"), [(1e3, torch.float32), (1e5, torch.float64)])
+def test_large_matrices_are_multiplied_in_float32_only_where_their_directions_are_alike(spread, dtype):
+    assert _work_dtype(torch.tensor([1.0, *[0.5] * 300, 1 / spread]), torch.float32) == dtype
+    assert _work_dtype(torch.tensor([1.0, 1 / spread]), torch.float32) == torch.float64
+    assert _work_dtype(torch.tensor([1.0] * 300), torch.float64) == torch.float64
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float32_products_are_closer_to_float64_than_a_float32_svd_is(variant):
+    left, right = (torch.linalg.qr(normal((320, 320), seed)).Q for seed in (1, 2))
+    total = (left * torch.logspace(0, -3.5, 320, dtype=torch.float64) @ right.mT).float()
+    delta = normal((320, 320), 3, torch.float32)
+    exact = project(total.double(), delta.double(), 0.5, variant=variant)
+    assert distance(project(total, delta, 0.5, variant=variant), exact) < 1e-5

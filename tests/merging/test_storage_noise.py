@@ -6,9 +6,13 @@ import torch
 from merging import MergeError, Stats, build, merge
 from merging.fold import advance, fold_tensor, read_tensor, role_of
 from merging.method import Role
-from merging.spectrum import triplets
+from merging.spectrum import directions, gram
 
 SIDE, RANK = 768, 16
+
+
+def rank_of(matrix: torch.Tensor, noise: float = 0.0) -> int:
+    return len(directions(gram(matrix), noise).sigma)
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +30,20 @@ def test_a_rank_16_update_has_16_directions_in_every_storage_precision(plan, dty
     base = plan[0].to(dtype)
     delta = (plan[0] + plan[1]).to(dtype).float() - base.float()
     role = role_of(base, projected=True, experts=0)
-    assert len(triplets(delta, role.noise).sigma) == RANK
+    assert rank_of(delta, role.noise) == RANK
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_without_the_floor_rounding_looks_like_signal(plan, dtype):
     delta = (plan[0] + plan[1]).to(dtype).float() - plan[0].to(dtype).float()
-    assert len(triplets(delta).sigma) > SIDE - 10
+    assert rank_of(delta) > SIDE - 10
 
 
 def test_a_bfloat16_expert_of_a_float32_base_needs_the_coarser_floor(plan):
     base = plan[0]
     delta = (base + plan[1]).bfloat16().float() - base
-    assert len(triplets(delta, role_of(base, True, 0).noise).sigma) > SIDE - 10
-    assert len(triplets(delta, role_of(base, True, 0, stored=torch.bfloat16).noise).sigma) == RANK
+    assert rank_of(delta, role_of(base, True, 0).noise) > SIDE - 10
+    assert rank_of(delta, role_of(base, True, 0, stored=torch.bfloat16).noise) == RANK
 
 
 def test_the_in_memory_merge_knows_the_coarsest_expert(plan):
@@ -54,7 +58,7 @@ def test_the_in_memory_merge_knows_the_coarsest_expert(plan):
         states, found = fold_tensor(rule, base, states, expert["w"], role)
         stats = advance(stats, [found])
     merged = merge({"w": base}, experts, projected=["w"])["w"]
-    assert torch.equal(merged, read_tensor(rule, base, states, stats))
+    assert torch.equal(merged, read_tensor(rule, base, states, stats).tensor)
     finer, _ = fold_tensor(rule, base, None, experts[0]["w"], Role(projected=True))
     finer, _ = fold_tensor(rule, base, finer, experts[1]["w"], role_of(base, True, 1))
     assert not torch.allclose(finer["total"], states["total"], atol=1e-4)
@@ -69,10 +73,21 @@ def test_the_floor_grows_with_the_square_root_of_the_experts():
 
 
 def test_an_unprojected_tensor_has_no_floor():
-    assert role_of(torch.ones(3), False, 5) == (False, 0.0)
+    assert role_of(torch.ones(3), False, 5) == Role()
 
 
-@pytest.mark.parametrize("base", [torch.ones(3), torch.ones(2, 2, 2), torch.ones(2, 2, dtype=torch.int64)])
+@pytest.mark.parametrize("base", [torch.ones(3), torch.ones(2, 2, dtype=torch.int64)])
 def test_only_float_matrices_can_be_projected(base):
     with pytest.raises(MergeError, match="expected a float matrix"):
         role_of(base, True, 0)
+
+
+def test_a_stack_needs_three_axes():
+    with pytest.raises(MergeError, match="expected a stack of float matrices"):
+        role_of(torch.ones(2, 2), True, 0, stacked=True)
+
+
+def test_the_floor_is_that_of_one_matrix_of_a_stack_and_of_a_flattened_kernel():
+    matrix = torch.ones(4, 9)
+    assert role_of(torch.ones(5, 4, 9), True, 0, stacked=True).noise == pytest.approx(role_of(matrix, True, 0).noise)
+    assert role_of(torch.ones(4, 1, 3, 3), True, 0).noise == pytest.approx(role_of(matrix, True, 0).noise)
