@@ -1,4 +1,7 @@
-"""May this expert enter? Decided from its files before a tensor is read: names, formats, headers, configuration."""
+"""May this expert enter? Decided from its files before a tensor is read: names, formats, headers, configuration.
+
+An expert is a full checkpoint with its config.json, or a LoRA adapter as PEFT saves it; never both.
+"""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,20 +11,23 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from registry.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
 from registry.files import MAX_BYTES, Place, open_regular, parse_json, shown, walk
-from registry.headers import MAX_HEADER, RESAVE, read_folder
+from registry.headers import MAX_HEADER, RESAVE, read_folder, read_header
 from registry.records import FoldinError, Refusal
 from registry.store import copy_in
 
-COPIED = (  # at the top of the folder
-    *("config.json", "*.safetensors", "*.safetensors.index.json", "generation_config.json", "preprocessor_config.json"),
+COPIED = (  # at the top of the folder, beside the weights
+    *("generation_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "*.model", "chat_template.jinja", "modules.json", "sentence_*_config.json"),
-    *("config_sentence_transformers.json", "suite.json", "README.md", "LICENSE*"),
+    *("config_sentence_transformers.json", "suite.json", "README.md", "LICENSE*", "*.parquet"),
 )
+FULL = ("config.json", "*.safetensors", "*.safetensors.index.json")
+ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 COPIED_BELOW = re.compile(r"(?:[\w-]+/)*[\w.-]+\.parquet|\d_\w+/config\.json", re.ASCII)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz", ".npy", ".h5", ".msgpack")
-CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json")
+CONFIGS = ("config.json", ADAPTER_CONFIG, "tokenizer_config.json", "generation_config.json", "preprocessor_config.json")
 CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines", "kernel_config", "use_kernels")
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 SIZES = (
@@ -40,6 +46,11 @@ class Admitted:
     tree_sha256: str  # names the copy
     ignored: tuple[str, ...]  # files of the source that were not copied, fit to be printed
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a LoRA adapter, to be read with `Adapter.open`, and not a full checkpoint."""
+        return ADAPTER_CONFIG in self.files_sha256
+
 
 def admit(source: Path, store: Path, where: str, *, max_bytes: int = MAX_BYTES) -> Admitted | Refusal:
     """The admitted copy of an expert's folder, or the reason why it may not enter. Runs nothing and loads no tensor.
@@ -49,40 +60,58 @@ def admit(source: Path, store: Path, where: str, *, max_bytes: int = MAX_BYTES) 
     try:
         names = sorted(name for name, _ in walk(source, where))
         _check_names(names, where)
+        wanted = partial(_copied, weights=ADAPTER if _is_adapter(names) else FULL)
         check = partial(_check_copy, where=where)
-        folder, tree, files = copy_in(source, store, wanted=_copied, check=check, max_bytes=max_bytes, where=where)
+        folder, tree, files = copy_in(source, store, wanted=wanted, check=check, max_bytes=max_bytes, where=where)
     except FoldinError as error:
         return error.refusal
-    return Admitted(folder, files, tree, tuple(shown(name) for name in names if not _copied(name)))
+    return Admitted(folder, files, tree, tuple(shown(name) for name in names if not wanted(name)))
 
 
-def _copied(name: str) -> bool:
+def _copied(name: str, weights: tuple[str, ...]) -> bool:
+    """Whether a file is on the allow-list, given the patterns for the expert's kind of weights."""
     if "/" in name:
         return COPIED_BELOW.fullmatch(name) is not None
-    return any(fnmatchcase(name, pattern) for pattern in COPIED) or fnmatchcase(name, "*.parquet")
+    return any(fnmatchcase(name, pattern) for pattern in (*weights, *COPIED))
+
+
+def _is_adapter(names: Collection[str]) -> bool:
+    return not set(ADAPTER).isdisjoint(names)
 
 
 def _check_names(names: list[str], where: str) -> None:
-    """Refuse code, pickled weights without safetensors, and folders without weights or configuration."""
+    """Refuse code, pickled weights without safetensors, and folders without weights or configuration, or with two."""
     for name in names:
         if PurePosixPath(name).suffix.lower() in (".py", ".pyc", ".so"):
             place = Place(where, shown(name), "remove the file; experts are weights and data")
             raise place.refuse("E_REMOTE_CODE", "the expert carries code")
-    if not any(fnmatchcase(name, "*.safetensors") for name in names if "/" not in name):
+    adapter = _is_adapter(names)
+    full = [name for name in names if "/" not in name and name.endswith(".safetensors") and name != ADAPTER_WEIGHTS]
+    if adapter and full:
+        place = Place(where, shown(full[0]), "register the adapter or the full model, each in a folder of its own")
+        raise place.refuse("E_ADAPTER", "the folder holds an adapter and a full checkpoint", "one of the two")
+    if ADAPTER_WEIGHTS not in names if adapter else not full:
         pickled = [name for name in names if PurePosixPath(name).suffix.lower() in PICKLED]
         what = "there are only pickled weights" if pickled else "there are no weights"
-        raise Place(where, shown(pickled[0]) if pickled else "", RESAVE).refuse("E_FORMAT", what, "*.safetensors")
-    if "config.json" not in names:
-        place = Place(where, "config.json", "register the model's configuration beside its weights")
+        expected = ADAPTER_WEIGHTS if adapter else "*.safetensors"
+        raise Place(where, shown(pickled[0]) if pickled else "", RESAVE).refuse("E_FORMAT", what, expected)
+    config = ADAPTER_CONFIG if adapter else "config.json"
+    if config not in names:
+        place = Place(where, config, "register the model's configuration beside its weights")
         raise place.refuse("E_CONFIG", "the configuration is missing")
 
 
 def _check_copy(folder: Path, where: str) -> None:
-    _check_names([name for name, _ in walk(folder)], where)  # again: the source may have changed since it was listed
-    read_folder(folder, where)
+    names = [name for name, _ in walk(folder)]
+    _check_names(names, where)  # again: the source may have changed since it was listed
     for name in CONFIGS:
         if (folder / name).exists():
             _check_config(_config(folder / name, where), Place(where, name, "remove the field, or use a library model"))
+    if _is_adapter(names):
+        read_config(folder / ADAPTER_CONFIG, where)
+        read_header(folder / ADAPTER_WEIGHTS, where)
+    else:
+        read_folder(folder, where)
 
 
 def _config(path: Path, where: str) -> dict[str, Any]:

@@ -203,6 +203,90 @@ def test_the_same_expert_again_is_the_same_copy(expert, store):
     assert admit(expert, store, WHERE) == admit(expert, store, "another name")
 
 
+ADAPTER_CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "auto_mapping": {"parent_library": "os"}}
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    folder = tmp_path / "adapter"
+    tensors = {
+        "base_model.model.q.lora_A.weight": torch.ones(1, 3),
+        "base_model.model.q.lora_B.weight": torch.ones(2, 1),
+    }
+    specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
+    write_checkpoint(folder, specs, tensors.__getitem__, layout={"adapter_model.safetensors": list(tensors)})
+    (folder / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG))
+    return folder
+
+
+def test_a_sound_adapter_is_copied_with_what_may_lie_beside_it(adapter, expert, store):
+    kept = ["tokenizer.json", "suite.json", "gate.parquet", "data/tune.parquet", "README.md"]
+    left = ["config.json", "training_args.bin", "optimizer.pt", "checkpoint-5/adapter_model.safetensors"]
+    left += ["adapter_model.safetensors.index.json", "adapter_model.bin"]
+    for name in kept + left:
+        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).write_text("{}")
+    answer = admit(adapter, store, WHERE)
+    assert isinstance(answer, Admitted)
+    assert set(answer.files_sha256) == {*kept, "adapter_config.json", "adapter_model.safetensors"}
+    assert set(answer.ignored) == set(left)
+    assert answer.is_adapter
+    assert len(Checkpoint.open(answer.folder)) == 2
+    whole = admit(expert, store, WHERE)
+    assert isinstance(whole, Admitted)
+    assert not whole.is_adapter
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_beside_a_full_checkpoint_is_refused(adapter, expert, store, name):
+    (adapter / name).rename(expert / name)
+    answer = refusal(expert, store)
+    assert (answer.code, answer.file) == ("E_ADAPTER", "model.safetensors")
+    assert answer.what == "the folder holds an adapter and a full checkpoint"
+
+
+def test_a_pickled_adapter_is_refused_and_what_an_adapter_must_have(adapter, store):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    answer = refusal(adapter, store)
+    assert (answer.code, answer.file, answer.what) == (
+        "E_FORMAT",
+        "adapter_model.bin",
+        "there are only pickled weights",
+    )
+    (adapter / "adapter_config.json").unlink()
+    assert (refusal(adapter, store).code, refusal(adapter, store).file) == ("E_FORMAT", "adapter_model.bin")
+    (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
+    assert (refusal(adapter, store).code, refusal(adapter, store).file) == ("E_CONFIG", "adapter_config.json")
+    (adapter / "config.json").write_text("{}")
+    assert refusal(adapter, store).file == "adapter_config.json"
+
+
+@pytest.mark.parametrize("fields", [*CODE, {"runtime_config": {"auto_map": {"x": "y"}}}], ids=str)
+def test_fields_of_an_adapter_that_could_load_code_are_refused(adapter, store, fields):
+    (adapter / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG | fields))
+    assert (refusal(adapter, store).code, refusal(adapter, store).file) == ("E_REMOTE_CODE", "adapter_config.json")
+
+
+def test_an_adapter_that_cannot_be_folded_or_is_not_sound_is_refused(adapter, store):
+    (adapter / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG | {"peft_type": "IA3"}))
+    assert (refusal(adapter, store).code, refusal(adapter, store).found) == ("E_ADAPTER", "IA3")
+    (adapter / "adapter_config.json").write_text("[]")
+    assert (refusal(adapter, store).code, refusal(adapter, store).file) == ("E_CONFIG", "adapter_config.json")
+    (adapter / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG))
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert (refusal(adapter, store).code, refusal(adapter, store).file) == ("E_FORMAT", "adapter_model.safetensors")
+    path.write_bytes(pickle.dumps(Canary))
+    assert refusal(adapter, store).code == "E_FORMAT"
+
+
+@pytest.mark.parametrize("name", ["adapter.py", "code/x.so"])
+def test_code_beside_an_adapter_is_refused(adapter, store, name):
+    (adapter / name).parent.mkdir(exist_ok=True)
+    (adapter / name).write_text("raise SystemExit")
+    assert (refusal(adapter, store).code, refusal(adapter, store).file) == ("E_REMOTE_CODE", name)
+
+
 def test_another_architecture_is_named_by_field():
     base = CONFIG | {"vocab_size": 10}
     assert architecture_differs(base, CONFIG) is None
