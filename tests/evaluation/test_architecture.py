@@ -109,6 +109,9 @@ def test_an_output_head_is_an_alias_or_a_linear_layer(tmp_path, tied):
     assert (found.aliases == {head: tokens}) is tied
     assert (head in found.linear) is not tied
     assert found.vocabulary == ({tokens} if tied else {head, tokens})
+    both = anatomy(tmp_path, {**stored, head: stored[tokens]})
+    assert (head in both.linear) is not tied
+    assert both.vocabulary == {head, tokens}
 
 
 def test_every_name_of_a_tensor_that_t5_shares(tmp_path):
@@ -171,6 +174,30 @@ def test_computed_buffers_are_found_where_older_checkpoints_store_them(tmp_path)
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"}
     assert anatomy(tmp_path, {*stored, *old}).derived == old
     assert not anatomy(tmp_path).derived
+
+
+def test_a_computed_buffer_does_not_take_others_of_its_last_name_along(tmp_path):
+    options = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "attention_types": [[["global"], 1]],
+    }
+    stored = written(tmp_path, model_of("GPTNeoModel", **options, max_position_embeddings=8))
+    mask = "h.0.attn.attention.bias"  # older checkpoints store the causal mask
+    assert "h.0.mlp.c_fc.bias" in stored
+    assert anatomy(tmp_path, {*stored, mask}).derived == {mask}
+
+
+def test_without_names_every_spelling_is_told(tmp_path):
+    stored = written(tmp_path, model_of("CLIPVisionModel", **IMAGE))
+    found, plain = anatomy(tmp_path), {name.removeprefix("vision_model.") for name in stored}
+    for part in (plain, {f"vision_model.{name}" for name in plain}):
+        own = anatomy(tmp_path, part)
+        assert own.linear == found.linear & part
+        assert own.convolutions == found.convolutions & part
+        assert (len(own.linear), len(own.convolutions)) == (12, 1)
 
 
 def test_frequencies_that_an_architecture_stores_are_computed_all_the_same(tmp_path):
