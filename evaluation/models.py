@@ -1,4 +1,4 @@
-"""Models out of checkpoints: the only file that knows transformers.
+"""Models out of checkpoints; only this file and `architecture` know transformers.
 
 `folder` always holds the config.json (and tokenizer files) of the base. No code from a folder is ever run:
 configurations are read as data first, and classes come from transformers itself. "Stored" names are those inside a
@@ -16,11 +16,11 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from evaluation.configs import base_name, code_in, prefixes, read_config, refuse, some, unknown_model
+from evaluation.escape import clean
 from registry.records import FoldinError, Refusal
 
 Untyped = Any  # classes, models and configurations of transformers, which mypy does not see
@@ -46,24 +46,17 @@ def check_config(folder: Path, where: str) -> Refusal | None:
     return code_in(folder, where) or unknown_model(document, where, *shipped)
 
 
-def linear_weights(folder: Path, names: Iterable[str] | None = None) -> frozenset[str]:
-    """The stored names of all weights of nn.Linear modules, from the architecture alone (built on the meta device).
+def skeleton(folder: Path) -> Untyped:
+    """The base's architecture as a model on the meta device, without memory behind its parameters.
 
-    Embeddings, convolutions, norms and GPT-2's Conv1D are not in it, nor is an output layer tied to an embedding. Some
-    architectures are stored with or without an outer prefix: without `names` both spellings are returned, with the
-    checkpoint's own `names` only those of them that it has. Raises FoldinError as `check_config` refuses.
+    Raises FoldinError as `check_config` refuses.
     """
-    model = _on_meta(_architecture(folder), _config(folder))
-    weights = {
-        f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    untied = {name: weight for name, weight in weights.items() if id(weight) not in embeddings}
-    stored = _stored_names(model, untied)
-    if names is None:
-        return stored
-    prefix = _prefix(model)
-    return frozenset(name for name in names if name in stored or prefix + name in stored)
+    return _on_meta(_architecture(folder), _config(folder))
+
+
+def own_prefix(model: Untyped) -> str:
+    """The outer prefix ("bert.") with or without which the base tensors of this model may be stored, or ""."""
+    return f"{model.base_model_prefix}." if model.base_model_prefix else ""
 
 
 def base_prefix(folder: Path, names: Iterable[str] | None = None) -> str:
@@ -77,7 +70,7 @@ def base_prefix(folder: Path, names: Iterable[str] | None = None) -> str:
     own = set(names) if names is not None else set(revert_weight_conversion(base, base.state_dict()))
     task = next((cls for kind in list(MAPPINGS)[1:] if (cls := _task_class(kind, config))), None)
     if task is None:
-        return _prefix(base) if type(base) is _task_class("zero-shot-text", config) else ""
+        return own_prefix(base) if type(base) is _task_class("zero-shot-text", config) else ""
     model = _on_meta(task, config)
     counts = Counter(
         prefix for name in revert_weight_conversion(model, model.state_dict()) for prefix in prefixes(name, own)
@@ -129,14 +122,9 @@ class Tokenizer(NamedTuple):
 
 def tokenizer_of(folder: Path) -> Tokenizer:
     """The folder's tokenizer. Raises FoldinError (E_CONFIG) when there is none."""
-    config = _config(folder)
-    # Without its files transformers makes a tokenizer that knows no word.
-    if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
-        raise refuse("E_CONFIG", "the tokenizer is missing", folder, expected=" or ".join(VOCABULARIES))
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise refuse("E_CONFIG", "the tokenizer cannot be loaded", folder, found=str(error)) from None
+    config, tokenizer = _config(folder), stored_tokenizer(folder, base_name(folder))
+    if isinstance(tokenizer, Refusal):
+        raise FoldinError(tokenizer)
     if tokenizer.pad_token is None:  # GPT-2 has none; the attention mask hides what stands there
         tokenizer.pad_token = tokenizer.eos_token
     longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", LONGEST), LONGEST)
@@ -148,6 +136,24 @@ def tokenizer_of(folder: Path) -> Tokenizer:
         return [len(tokens) for tokens in tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]]
 
     return Tokenizer(encode, lengths)
+
+
+def stored_tokenizer(folder: Path, where: str, code: str = "E_CONFIG", remedy: str = "") -> Untyped | Refusal:
+    """The tokenizer of transformers made from the folder's files.
+
+    Refused as `check_config` refuses the folder, and with `code` where the files are missing or cannot be loaded.
+    """
+    problem = check_config(folder, where)
+    if problem:
+        return problem
+    # Without its files transformers makes a tokenizer that knows no word.
+    if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
+        expected = " or ".join(VOCABULARIES)
+        return Refusal(code, "the tokenizer is missing", where, expected=expected, remedy=remedy)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Refusal(code, "the tokenizer cannot be loaded", where, found=clean(str(error)), remedy=remedy)
 
 
 @cache
@@ -197,17 +203,6 @@ def _on_meta(cls: Untyped, config: Untyped) -> Untyped:
         return cls(config)
 
 
-def _stored_names(model: Untyped, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """The checkpoint's names for tensors named as in the model, spelt with and without an optional outer prefix."""
-    plain = set(revert_weight_conversion(model, dict(tensors)))
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
-    return frozenset(plain | set(revert_weight_conversion(model, dict(tensors))))
-
-
-def _prefix(model: Untyped) -> str:
-    return f"{model.base_model_prefix}." if model.base_model_prefix else ""
-
-
 def _load(cls: Untyped, config: Untyped, weights: Mapping[str, Tensor], folder: Path) -> tuple[Untyped, set[str]]:
     """The model with the base's tensors in it, and the names of the parameters they did not fill."""
     options = {"dtype": torch.float32, "output_loading_info": True}
@@ -227,7 +222,7 @@ def _set_head(model: Untyped, head: Mapping[str, Tensor], unset: set[str], folde
     """Copies the head into the model and takes its names out of `unset`; nothing else can be written."""
     parameters = dict(model.named_parameters())
     for name, tensor in head.items():
-        place = name if name in unset else _prefix(model) + name
+        place = name if name in unset else own_prefix(model) + name
         if place not in unset:
             remedy = "keep only tensors in the head that the base lacks"
             raise refuse("E_SCHEMA", "the head's tensor has no free place", folder, tensor=name, remedy=remedy)

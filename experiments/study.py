@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from evaluation.models import base_prefix, linear_weights
+from evaluation.architecture import linear_weights
+from evaluation.models import base_prefix
 from evaluation.score import anchors, score_all
 from evaluation.suites import load_suite
 from merging import merge

@@ -65,7 +65,7 @@ def fold(
 
 def projected_weights(settings: LineConfig, base: Version) -> tuple[str, ...]:
     """The linear weights of the base's architecture, less those that the line wants added plainly."""
-    from evaluation.models import linear_weights
+    from evaluation.architecture import linear_weights
 
     names = sorted(linear_weights(base.folder, list(base.weights())))
     return tuple(name for name in names if not any(fnmatchcase(name, pattern) for pattern in settings.plain))
