@@ -1,11 +1,14 @@
 """May this expert be folded into this line? From the registry's version to verified tensors, or to a refusal."""
 
 import re
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.config import LineConfig
+from flows.fitting import Fitted, fit, retrain
 from flows.versions import Version
 from flows.wiring import House
 from registry import intake
@@ -25,14 +28,19 @@ TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 class Admitted:
     """An expert whose every file and tensor was looked at; only this copy is used from here on."""
 
+    name: tuple[str, int]  # registered model and version
     task: str
     folder: Path  # the copy in the content store
     tree_sha256: str  # digest of its files
     weights_sha256: str  # content digest of its tensors
-    body: "Checkpoint"  # the tensors that the base has, by the base's names
+    body: Fitted  # the tensors that the base has, as the base would hold them
     head: "Checkpoint"  # those it lacks: the task's head
-    moved: frozenset[str]  # names of the body's tensors that differ from the base's
     suite: "Suite"
+
+    @property
+    def whole(self) -> "Mapping[str, Tensor]":
+        """The expert as a model of its own: what it lacks is the base's."""
+        return ChainMap(self.body, self.body.base)  # type: ignore[arg-type]  # only read
 
 
 def admit(
@@ -55,7 +63,7 @@ def admit(
         files = intake.admit(house.mlflow.fetch(found), house.experts, where)
         if isinstance(files, Refusal):
             raise FoldinError(files)
-        return _read(base, task, files, own, where)
+        return _read(base, (expert.model, expert.version), task, files, own, where)
     except FoldinError as error:
         if error.refusal.code in TRANSIENT:
             raise
@@ -137,80 +145,32 @@ def base_digests(folder: Path, weights_sha256: str) -> list[str]:
     return [weights_sha256, *(weights if len(weights) == 1 else [])]
 
 
-def _read(base: Version, task: str, files: intake.Admitted, named: "Suite | None", where: str) -> Admitted | Refusal:
-    from evaluation import models
+def _read(
+    base: Version, name: tuple[str, int], task: str, files: intake.Admitted, named: "Suite | None", where: str
+) -> Admitted | Refusal:
     from evaluation.suites import load_suite
-    from registry.weights import Checkpoint, content_sha256
 
-    differs = intake.architecture_differs(
-        read_json(base.folder / "config.json"), read_json(files.folder / "config.json")
-    )
-    if differs:
-        field, expected, got = differs
-        return Refusal(
-            "E_SCHEMA", f"config.json has another {field}", where, "config.json", "", expected, got, _retrain(base)
-        )
-    suite = named or load_suite(files.folder, task=task, where=where)
-    whole = Checkpoint.open(files.folder, where)
-    weights = base.weights()
-    body = _aligned(whole, weights, models.base_prefix(base.folder, list(weights)))
-    refusal = _check_names(weights, body, suite.kind, where, base)
+    refusal = None if files.is_adapter else _check_config(base, files, where)
     if refusal:
         return refusal
-    seen = _Seen(weights, where)
-    digest, _ = content_sha256(body, visit=seen.look)
-    if seen.refusal:
-        return seen.refusal
-    own = body.only([name for name in body if name in weights.specs])
-    head = body.only([name for name in body if name not in weights.specs])
-    return Admitted(task, files.folder, files.tree_sha256, digest, own, head, frozenset(seen.moved), suite)
+    suite = named or load_suite(files.folder, task=task, where=where)
+    fitted = fit(base, files, suite.kind.endswith("-classification"), where)
+    if isinstance(fitted, Refusal):
+        return fitted
+    return Admitted(name, task, files.folder, files.tree_sha256, fitted.sha256, fitted.body, fitted.head, suite)
 
 
-class _Seen:
-    """What one pass over an expert's tensors finds: a value that is not finite, and which tensors moved."""
-
-    def __init__(self, base: "Checkpoint", where: str) -> None:
-        self._base = base
-        self._where = where
-        self.refusal: Refusal | None = None
-        self.moved: list[str] = []
-
-    def look(self, name: str, tensor: "Tensor") -> None:
-        """Look at one tensor of the expert, by the base's name."""
-        import torch
-
-        from merging.check import check_finite
-
-        # Folds are made in float32: a float64 value beyond its range is as bad as an infinity.
-        found = check_finite(name, tensor.float() if tensor.dtype == torch.float64 else tensor)
-        if found and not self.refusal:
-            remedy = "train it again; a value that is not finite would spread to every tensor of the merged model"
-            self.refusal = Refusal(found.code, found.what, self._where, "", name, found.expected, found.found, remedy)
-        if name in self._base.specs and not torch.equal(tensor, self._base[name].to(tensor.dtype)):
-            self.moved.append(name)
-
-
-def _aligned(expert: "Checkpoint", base: "Checkpoint", prefix: str) -> "Checkpoint":
-    """The expert by the base's names: task models store the base's tensors below a prefix such as `vit.`."""
-    if prefix and not any(name in base.specs for name in expert.specs):
-        return expert.prefixed(prefix)
-    return expert
-
-
-def _check_names(base: "Checkpoint", expert: "Checkpoint", kind: str, where: str, version: Version) -> Refusal | None:
-    from merging.check import check_schema
-
-    modules = {name.partition(".")[0] for name in base.specs}
-    has_head = kind.endswith("-classification")
-    findings = check_schema(
-        base.specs, expert.specs, heads=lambda name: has_head and name.partition(".")[0] not in modules
-    )
-    if not findings:
+def _check_config(base: Version, files: intake.Admitted, where: str) -> Refusal | None:
+    """Why config.json describes a model that cannot be folded into this base; None when it does not."""
+    config = read_json(files.folder / "config.json")
+    if config.get("quantization_config"):
+        what, remedy = "the weights are quantised", "register the expert's weights as they were before quantisation"
+        found = shown(config["quantization_config"])
+        return Refusal("E_DTYPE", what, where, "config.json", "", "float weights", found, remedy)
+    differs = intake.architecture_differs(read_json(base.folder / "config.json"), config)
+    if not differs:
         return None
-    first, more = findings[0], len(findings) - 1
-    what = first.what + (f" (and {more} more tensor{'s' * (more > 1)} differ{'s' * (more == 1)})" if more else "")
-    return Refusal(first.code, what, where, "", first.tensor, first.expected, first.found, _retrain(version))
-
-
-def _retrain(base: Version) -> str:
-    return f"fine-tune it from this line's base (weights {base.memory.base_sha256[:12]}) and export every tensor of it"
+    field, expected, got = differs
+    return Refusal(
+        "E_SCHEMA", f"config.json has another {field}", where, "config.json", "", expected, got, retrain(base)
+    )

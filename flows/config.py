@@ -38,13 +38,15 @@ class LineConfig:
     method: str = "opcm"  # a key of merging.METHODS
     parameters: Mapping[str, Any] = field(default_factory=dict)  # of the method, such as energy and strength
     plain: tuple[str, ...] = ()  # patterns of linear weights that are added plainly, never projected
+    project: tuple[str, ...] = ()  # patterns of other tensors, such as convolutions, that are projected as (out, rest)
     suites: Mapping[str, str] = field(default_factory=dict)  # task -> folder with suite.json, instead of the expert's
     gate: Mapping[str, Any] = field(default_factory=dict)  # the fields of evaluation.gate.Rules
     trigger: str = "on-register"  # on-register: watch by interval; nightly: on schedule; manual: only by hand
     interval: float = 60.0  # seconds between two looks at the registry
     schedule: str = "0 2 * * *"  # cron of the nightly fold
     timezone: str = "UTC"  # of the schedule
-    device: str = "cpu"  # cpu, cuda or cuda:N, where the fold and the evaluation run
+    device: str = "cpu"  # cpu, cuda (the fold on every GPU, the evaluation on the first) or cuda:N
+    workers: str = ""  # of the fold: "" = every core or GPU, a number of cores, or a Dask scheduler, tcp://HOST:PORT
     upload_patience: float = 3600.0  # seconds an expert may stay unfinished before it is set aside
 
 

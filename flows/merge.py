@@ -172,10 +172,9 @@ def fold_tensors(work: Work, admitted: Admitted) -> Candidate | Refusal:
     for folder in scratch.parent.glob("*"):
         if folder != scratch:
             shutil.rmtree(folder)
-    name = (work.expert.model, work.expert.version)
     try:
         with bar(f"folding {work.expert.name}") as progress:
-            return fold(scratch, work.settings, work.base, work.parent, admitted, name, progress)
+            return fold(scratch, work.settings, work.base, work.parent, [admitted], progress)
     except FoldinError as error:
         if error.refusal.code != "E_FOLD":
             raise

@@ -87,7 +87,7 @@ def report_on(
 ) -> Report:
     """The candidate on every task, with the expert and the base on the new one beside it."""
     new = {expert.task: tasks[expert.task]}
-    alone = Subject(expert.weights_sha256, expert.body)
+    alone = Subject(expert.weights_sha256, expert.whole)
     first = Subject(base.memory.weights_sha256, base.weights())
     return Report(
         weights_sha256=candidate.weights_sha256,

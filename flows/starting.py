@@ -10,8 +10,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 from flows.admission import base_digests
 from flows.champion import follow
 from flows.config import LineConfig
-from flows.folding import numerics_profile
 from flows.leasing import held
+from flows.plan import numerics_profile
 from flows.publishing import PAGE_FILE, register, write_version_manifest
 from flows.telling import say
 from flows.versions import REPORT_FILE, STATE_FILE, Memory
@@ -106,9 +106,16 @@ def check_settings(settings: LineConfig, line: str) -> None:
         raise FoldinError(replace(error.refusal, remedy=error.refusal.remedy or CORRECT)) from error
     _check_schedule(settings, where)
     _check_device(settings.device, where)
+    _check_workers(settings.workers, where)
 
 
 CORRECT = "correct it in foldin.toml"
+
+
+def _check_workers(workers: str, where: str) -> None:
+    if not re.fullmatch(r"|[1-9]\d*|(tcp|tls)://[^\s/]+:\d+", workers):
+        expected = "a number of cores such as '2', or a Dask scheduler, 'tcp://HOST:PORT'"
+        raise _unusable(where, "workers is neither a number nor an address", expected, workers)
 
 
 def _check_schedule(settings: LineConfig, where: str) -> None:

@@ -43,7 +43,8 @@ class Memory:
     experts: tuple[Folded, ...] = ()  # in the order of folding
     suites: Mapping[str, str] = field(default_factory=dict)  # task -> digest of the suite it is measured by
     profile: Mapping[str, str] = field(default_factory=dict)  # the numerics profile: same profile, same bytes
-    stored: Mapping[str, str] = field(default_factory=dict)  # tensor -> the experts' coarsest dtype
+    stored: Mapping[str, str] = field(default_factory=dict)  # tensor -> the experts' coarsest dtype, if not the base's
+    cast_loss: float = 0.0  # norm of what the casts to the base's dtypes took away, over the norm of what was added
 
     @classmethod
     def read(cls, folder: Path) -> "Memory":
@@ -84,12 +85,12 @@ class Version:
 
         return Checkpoint.open(self.folder, f"version {self.number}")
 
-    def slots(self) -> "Mapping[str, Any]":
-        """The slots of the fold's state, lazily, as NAME:SLOT -> tensor; empty for the base."""
+    def slots(self) -> "Checkpoint | None":
+        """The slots of the fold's state, lazily, as NAME:SLOT -> tensor; None for the base."""
         from registry.weights import Checkpoint
 
         folder = self.folder / STATE_FOLDER
-        return Checkpoint.open(folder, f"state of version {self.number}") if folder.exists() else {}
+        return Checkpoint.open(folder, f"state of version {self.number}") if folder.exists() else None
 
 
 def head_of(folder: Path, task: str) -> "Checkpoint | None":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from registry.ledger import Ledger
     from registry.mlflow_store import MlflowStore
 
-CODE_FORMAT = 2  # part of every merge key; raised when the same inputs would give other bytes
+CODE_FORMAT = 3  # part of every merge key; raised when the same inputs would give other bytes
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ def merge_key(line: str, parent: str, expert: str, task: str, suite: str, settin
         "method": settings.method,
         "parameters": dict(settings.parameters),
         "plain": list(settings.plain),
+        "project": list(settings.project),
         "gate": dict(settings.gate),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -171,7 +171,7 @@ def _cast_sums(update: Tensor, exact: Tensor, cast: Tensor) -> Tensor:  # (n,) e
 
 def merge(
     base: Mapping[str, Tensor],
-    experts: Iterable[Mapping[str, Tensor]],  # names and shapes of base
+    experts: Iterable[Mapping[str, Tensor]],  # names and shapes of base; what one lacks it left unchanged
     method: str = "opcm",
     *,
     projected: Collection[str],  # names of the linear weights, each (out, in)
@@ -190,10 +190,11 @@ def merge(
         _check_expert(base, expert, number)
         measures = []
         for name, state in states.items():
-            coarsest[name] = max(coarsest[name], expert[name].dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            given = expert.get(name, base[name])
+            coarsest[name] = max(coarsest[name], given.dtype, key=lambda dtype: torch.finfo(dtype).eps)
             try:
                 role = role_of(base[name], name in projected, stats.count, coarsest[name])
-                states[name], found = fold_tensor(rule, base[name], state, expert[name], role)
+                states[name], found = fold_tensor(rule, base[name], state, given, role)
             except MergeError as error:
                 raise MergeError(f"expert {number}, tensor {name!r}: {error}") from error
             measures.append(found)

@@ -32,9 +32,9 @@ def dense(factors: Factors) -> Tensor:  # -> (out, in), float32
     return factors.left @ factors.right.mT
 
 
-def fits(rows: int, columns: int, rank: int) -> bool:
+def fits(rank: int, shape: tuple[int, ...]) -> bool:
     """Whether a total of this rank is worth keeping as factors; above half the short side it is kept as a matrix."""
-    return 2 * rank <= min(rows, columns)
+    return 2 * rank <= min(shape)
 
 
 def fold_factors(

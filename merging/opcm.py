@@ -74,8 +74,8 @@ def project(
 
     With left, sigma, right the singular triplets of the total above the noise, and r the split rank at `energy`, the
     entries (i, j) of left.T @ delta @ right that a variant removes are listed in VARIANTS. Numerically null directions
-    of the total are arbitrary, so they are left alone: a zero total removes nothing. Since left = total @ right / sigma,
-    what is removed is total @ along + delta @ across with two small matrices (in, in), and no left basis is formed.
+    of the total are arbitrary, so they are left alone: a zero total removes nothing. No left basis is formed: since it
+    is total @ right / sigma, what is removed is total @ along + delta @ across with two small matrices (in, in).
 
     The singular directions are found in float64, and so are the products with them, unless the matrix is large and its
     kept directions are not too unlike in strength (`_work_dtype`): then float32 moves the result by less than 1e-5.

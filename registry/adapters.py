@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ class Adapter(Mapping[str, Tensor]):
         names = align({piece.name for piece in pieces}, wholes.__contains__, base.stored.keys(), place)
         updates = plan_updates(pieces, names, stored.specs, base.specs, config, place)
         heads = {piece.key: piece.name for piece in pieces if piece.name not in names}
-        return cls(base, stored, MappingProxyType(updates), stored.only(heads).renamed(heads.__getitem__))
+        return cls(base, stored, updates, stored.only(heads).renamed(heads.__getitem__))
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -116,6 +115,14 @@ class Adapter(Mapping[str, Tensor]):
             return None
         left, right = self._product(update)
         return left * update.scaling, right.T
+
+    def rank(self, name: str) -> int | None:
+        """The rank of `factors`, known without reading; None where the delta may not be given as factors."""
+        update = self.updates[name]
+        if {*update.keys} not in ({*FACTORS}, {*EMBEDDING}) or len(self.base.stored[name].spec.shape) != 2:
+            return None
+        down = EMBEDDING[0] if EMBEDDING[0] in update.keys else FACTORS[0]
+        return self.stored.stored[update.keys[down]].spec.shape[0]
 
     def _start(self, name: str) -> Tensor:
         """What the update is added to: the base's tensor, or the one that the adapter brought in its place."""

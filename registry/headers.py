@@ -21,8 +21,17 @@ MAGIC = ((b"PK", "a zip archive"), (b"\x80", "a pickle"), (b"7z\xbc\xaf", "a 7z 
 RESAVE = "save the weights again with save_pretrained (safetensors), from a model you trust"
 
 
-def read_folder(folder: Path, where: str = "") -> dict[str, dict[str, TensorSpec]]:
-    """File name -> (tensor name -> spec, in file order) of the one checkpoint in `folder`; only headers are read.
+class Span(NamedTuple):
+    """Where one tensor's bytes lie in its file."""
+
+    begin: int  # bytes from the start of the file
+    end: int
+    name: str
+    spec: TensorSpec
+
+
+def read_folder(folder: Path, where: str = "") -> dict[str, dict[str, Span]]:
+    """File name -> (tensor name -> span, in file order) of the one checkpoint in `folder`; only headers are read.
 
     A checkpoint is one *.safetensors, or several with an index that agrees with every header.
 
@@ -46,7 +55,7 @@ def read_folder(folder: Path, where: str = "") -> dict[str, dict[str, TensorSpec
     return {files[0]: read_header(folder / files[0], where)}
 
 
-def _read_sharded(folder: Path, files: list[str], indexes: list[str], where: str) -> dict[str, dict[str, TensorSpec]]:
+def _read_sharded(folder: Path, files: list[str], indexes: list[str], where: str) -> dict[str, dict[str, Span]]:
     place = Place(where, shown(indexes[0]), RESAVE)
     if len(indexes) > 1:
         raise place.refuse("E_FORMAT", "there are several indexes", "one", shown(", ".join(indexes)))
@@ -78,8 +87,8 @@ def _check_index(weight_map: Mapping[str, str], headers: Mapping[str, Iterable[s
             )
 
 
-def read_header(path: Path, where: str = "") -> dict[str, TensorSpec]:
-    """Tensor name -> spec, in file order, of one safetensors file that is exactly as long as its header says.
+def read_header(path: Path, where: str = "") -> dict[str, Span]:
+    """Tensor name -> span, in file order, of one safetensors file that is exactly as long as its header says.
 
     Raises:
         FoldinError: as `read_folder`.
@@ -104,8 +113,8 @@ def _header_text(file: BufferedReader, size: int, place: Place) -> bytes:
     return b"{" + file.read(length - 1)
 
 
-def check_header(text: bytes, data_bytes: int, place: Place) -> dict[str, TensorSpec]:
-    """Tensor name -> spec, in file order, of a header before `data_bytes` of data; nothing is allocated for them.
+def check_header(text: bytes, data_bytes: int, place: Place) -> dict[str, Span]:
+    """Tensor name -> span, in file order, of a header before `data_bytes` of data; nothing is allocated for them.
 
     Format: https://github.com/huggingface/safetensors, its README; stricter here about keys, names and dtypes.
     """
@@ -127,18 +136,12 @@ def check_header(text: bytes, data_bytes: int, place: Place) -> dict[str, Tensor
         what = "the file is cut off" if end > data_bytes else "there are bytes after the last tensor"
         torn = next((span.name for span in spans if span.end > data_bytes), "")
         raise place.refuse("E_FORMAT", what, f"{end} bytes of tensors", f"{data_bytes}", torn)
-    return {span.name: span.spec for span in spans}
+    start = 8 + len(text)
+    return {name: Span(start + begin, start + end, name, spec) for begin, end, name, spec in spans}
 
 
-class _Span(NamedTuple):
-    begin: int  # bytes from the start of the data
-    end: int
-    name: str
-    spec: TensorSpec
-
-
-def _span(name: str, entry: object, place: Place) -> _Span:
-    """One header entry, with every number checked."""
+def _span(name: str, entry: object, place: Place) -> Span:
+    """One header entry, with every number checked; offsets from the start of the data."""
     tensor = _tensor_name(name, place)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise place.refuse("E_HEADER", "the entry is malformed", "dtype, shape, data_offsets", shown(entry), tensor)
@@ -155,7 +158,7 @@ def _span(name: str, entry: object, place: Place) -> _Span:
     if needed != given:
         what = f"the bytes do not match {dtype} {shown(shape)}"
         raise place.refuse("E_HEADER", what, f"{needed} bytes", f"{given}", tensor)
-    return _Span(offsets[0], offsets[1], name, TensorSpec(dtype, tuple(shape)))
+    return Span(offsets[0], offsets[1], name, TensorSpec(dtype, tuple(shape)))
 
 
 def _counts(values: object) -> bool:

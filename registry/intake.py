@@ -32,7 +32,7 @@ CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines", "kernel_config
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 SIZES = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("intermediate_size", "vocab_size", "type_vocab_size", "hidden_act", "image_size"),
+    *("intermediate_size", "type_vocab_size", "hidden_act", "image_size"),
     *("patch_size", "num_channels", "d_model", "d_ff", "n_layer", "n_head", "n_embd", "num_experts"),
 )
 

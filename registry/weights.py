@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from registry.files import Place
-from registry.headers import read_folder, read_header
+from registry.headers import Span, read_folder, read_header
 from registry.records import TensorSpec
 
 DTYPES = {
@@ -30,6 +31,8 @@ class Stored(NamedTuple):
     file: str
     name: str  # its name in that file, whatever the view calls it
     spec: TensorSpec
+    begin: int  # first byte in the file
+    end: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +55,14 @@ class Checkpoint(Mapping[str, Tensor]):
             FoldinError: E_FORMAT, E_HEADER, E_DTYPE, E_PATH, E_FILETYPE or E_UNREACHABLE, as `headers.read_folder`.
         """
         headers = read_folder(folder, where)
-        stored = {name: Stored(file, name, spec) for file, specs in headers.items() for name, spec in specs.items()}
-        return cls(folder, where, MappingProxyType(stored))
+        stored = {name: _stored(file, span) for file, spans in headers.items() for name, span in spans.items()}
+        return cls(folder, where, stored)
 
     @classmethod
     def open_file(cls, path: Path, where: str = "") -> "Checkpoint":
         """The tensors of one safetensors file, whatever lies beside it. Raises like `open`."""
-        stored = {name: Stored(path.name, name, spec) for name, spec in read_header(path, where).items()}
-        return cls(path.parent, where, MappingProxyType(stored))
+        stored = {name: _stored(path.name, span) for name, span in read_header(path, where).items()}
+        return cls(path.parent, where, stored)
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -76,7 +79,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor. Raises KeyError for an unknown name, FoldinError E_FORMAT where the file has changed."""
-        file, stored_name, spec = self.stored[name]
+        file, stored_name, spec, *_ = self.stored[name]
         place = Place(self.where, file, "restore the file, then run again")
         try:
             with safe_open(self.folder / file, framework="pt", device="cpu") as tensors:
@@ -87,6 +90,16 @@ class Checkpoint(Mapping[str, Tensor]):
             ) from error
         check_spec(tensor, spec, place, name)
         return tensor
+
+    def expect(self, name: str) -> None:
+        """Tell the system that a tensor is read soon, so that it comes from the disk while something is computed."""
+        place = self.stored[name]
+        with suppress(OSError):  # a hint; whether the file can be read shows when it is
+            descriptor = os.open(self.folder / place.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, place.begin, place.end - place.begin, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
     def __iter__(self) -> Iterator[str]:
         """The names, sorted."""
@@ -108,7 +121,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 what = f"renaming gives it the name of another tensor, {rename(name)}"
                 raise Place(self.where, place.file, "rename one of the two").refuse("E_SCHEMA", what, tensor=name)
             stored[rename(name)] = place
-        return Checkpoint(self.folder, self.where, MappingProxyType(stored))
+        return Checkpoint(self.folder, self.where, stored)
 
     def prefixed(self, prefix: str) -> "Checkpoint":
         """A view without `prefix`: "vit.layers.0.x" becomes "layers.0.x"; names without the prefix stay as they are."""
@@ -121,7 +134,11 @@ class Checkpoint(Mapping[str, Tensor]):
             place = Place(self.where, str(self.folder), "ask for names that the checkpoint has")
             raise place.refuse("E_SCHEMA", "the checkpoint lacks this tensor", tensor=name)
         kept = {name: place for name, place in self.stored.items() if name in wanted}
-        return Checkpoint(self.folder, self.where, MappingProxyType(kept))
+        return Checkpoint(self.folder, self.where, kept)
+
+
+def _stored(file: str, span: Span) -> Stored:
+    return Stored(file, span.name, span.spec, span.begin, span.end)
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:

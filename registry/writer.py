@@ -10,12 +10,20 @@ from typing import BinaryIO, NamedTuple
 
 from torch import Tensor
 
-from registry.files import Place, canonical_json, replacing
+from registry.files import Place, canonical_json, replacing, write_atomic
 from registry.headers import BYTES, PART, SHARD, check_header
 from registry.records import TensorSpec
 from registry.weights import check_spec, combined_sha256, digest_of, raw_bytes
 
 INDEX = "model.safetensors.index.json"
+
+
+class Entry(NamedTuple):
+    """One tensor on its way into a file."""
+
+    name: str
+    tensor: Tensor
+    sha256: str = ""  # its `tensor_sha256` where somebody computed it already; "" leaves that to the writer
 
 
 class Written(NamedTuple):
@@ -47,10 +55,27 @@ def plan_layout(specs: Mapping[str, TensorSpec], max_bytes: int = 5 * 10**9) -> 
     return dict(zip(files, ordered, strict=True))
 
 
+def write_part(path: Path, specs: Mapping[str, TensorSpec], entries: Iterable[Entry]) -> str:  # specs: in file order
+    """Write one file of a checkpoint whose other files and index are written apart; the SHA-256 of its bytes.
+
+    Raises:
+        FoldinError: as `write_checkpoint`.
+    """
+    place = Place(str(path.parent), path.name)
+    with replacing(path) as target:
+        return _write_file(target, specs, _in_order(entries, str(path.parent)), {"format": "pt"}, place, None)
+
+
+def write_index(folder: Path, specs: Mapping[str, TensorSpec], layout: Mapping[str, Sequence[str]]) -> None:
+    """Write the index over files that are there; a checkpoint in parts is whole once it has its name."""
+    _check_layout(folder, specs, layout)
+    write_atomic(folder / INDEX, _index(specs, layout))
+
+
 def write_checkpoint(
     folder: Path,
     specs: Mapping[str, TensorSpec],
-    tensors: Callable[[str], Tensor] | Iterable[tuple[str, Tensor]],  # by name, or in the layout's order
+    tensors: Callable[[str], Tensor] | Iterable[Entry],  # by name, or in the layout's order
     *,
     layout: Mapping[str, Sequence[str]],  # file name -> tensor names in file order; each tensor in one file
     metadata: Mapping[str, str] | None = None,  # None: {"format": "pt"}, which transformers asks for
@@ -63,7 +88,7 @@ def write_checkpoint(
         FoldinError: E_SCHEMA for a tensor unlike its spec or a layout unlike the specs, E_DISK, or as `check_header`.
     """
     _check_layout(folder, specs, layout)
-    fetch = tensors if callable(tensors) else _in_order(tensors, str(folder))
+    fetch = _by_name(tensors) if callable(tensors) else _in_order(tensors, str(folder))
     text = {"format": "pt"} if metadata is None else metadata
     files: dict[str, str] = {}
     digests: dict[str, str] = {}
@@ -81,22 +106,23 @@ def write_checkpoint(
 def _write_file(
     target: BinaryIO,
     specs: Mapping[str, TensorSpec],  # in file order
-    fetch: Callable[[str], Tensor],
+    fetch: Callable[[str], Entry],
     metadata: Mapping[str, str],
     place: Place,
-    digests: dict[str, str],  # gets the tensors' digests
+    digests: dict[str, str] | None,  # gets the tensors' digests; None: nobody needs them
 ) -> str:
     header = _header(specs, metadata, place)
     whole = hashlib.sha256(header)
     target.write(header)
 
     def put(name: str, spec: TensorSpec) -> None:  # a function, so that a tensor is dropped before the next is made
-        tensor = fetch(name)
-        check_spec(tensor, spec, place, name)
-        raw = raw_bytes(tensor)
+        entry = fetch(name)
+        check_spec(entry.tensor, spec, place, name)
+        raw = raw_bytes(entry.tensor)
         target.write(raw)
         whole.update(raw)
-        digests[name] = digest_of(spec, raw)
+        if digests is not None:
+            digests[name] = entry.sha256 or digest_of(spec, raw)
 
     for name, spec in specs.items():
         put(name, spec)
@@ -140,16 +166,21 @@ def _check_layout(folder: Path, specs: Mapping[str, TensorSpec], layout: Mapping
         raise Place(str(folder), "", "correct the layout").refuse("E_SCHEMA", "the layout lacks a tensor", tensor=name)
 
 
-def _in_order(pairs: Iterable[tuple[str, Tensor]], where: str) -> Callable[[str], Tensor]:
-    """Take the tensors as they come, as long as they come in the order that is asked for."""
-    stream = iter(pairs)
+def _by_name(tensors: Callable[[str], Tensor]) -> Callable[[str], Entry]:
+    return lambda name: Entry(name, tensors(name))
 
-    def fetch(name: str) -> Tensor:
-        given, tensor = next(stream, ("no more tensors", None))
-        if given != name or tensor is None:
+
+def _in_order(entries: Iterable[Entry], where: str) -> Callable[[str], Entry]:
+    """Take the tensors as they come, as long as they come in the order that is asked for."""
+    stream = iter(entries)
+
+    def fetch(name: str) -> Entry:
+        entry = next(stream, None)
+        if entry is None or entry.name != name:
+            given = entry.name if entry else "no more tensors"
             place = Place(where, "", "give the tensors in the layout's order")
             raise place.refuse("E_SCHEMA", "another tensor is due", name, given, name)
-        return tensor
+        return entry
 
     return fetch
 

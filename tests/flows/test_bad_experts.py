@@ -155,10 +155,15 @@ BAD = {
         ("tensor classifier.weight", "the base has no such tensor", "Found F32 (3, 32)", "Fine-tune it from"),
         files=edit_weights(lambda weights: {**weights, "classifier.weight": torch.ones(3, 32)}),
     ),
-    "missing tensor": Bad(
+    "other names": Bad(
         "E_SCHEMA",
-        (f"tensor {MATRIX}", "the expert lacks a tensor of the base", "Expected F32 (32, 32)", "Found none"),
-        files=edit_weights(lambda weights: {name: each for name, each in weights.items() if name != MATRIX}),
+        ("the expert has no tensor of the base", "Expected F32 (32,)", "Found none", "Fine-tune it from"),
+        files=edit_weights(lambda weights: {f"other.{name}": each for name, each in weights.items()}),
+    ),
+    "quantised": Bad(
+        "E_DTYPE",
+        ("file config.json", "the weights are quantised", "Found {'load_in_8bit': True}"),
+        files=edit_json("config.json", quantization_config={"load_in_8bit": True}),
     ),
     "misshapen tensor": Bad(
         "E_SCHEMA",
@@ -323,6 +328,7 @@ def test_unusual_experts_are_folded(at, zoo, tmp_path):
         "prefixed": spelt_as_in_a_task_model,
         "bare": without_a_tokenizer,
         "headed": with_a_head,
+        "partial": edit_weights(lambda weights: {name: each for name, each in weights.items() if name != MATRIX}),
         "again": same,
     }
     look(at)
@@ -333,15 +339,15 @@ def test_unusual_experts_are_folded(at, zoo, tmp_path):
         tags = {"foldin.task": "prefixed" if name == "again" else name}
         declared = {"prefixed": whole, "bare": f" {whole[:16].upper()}"}.get(name)
         register(at, tmp_path / name, {**tags, "foldin.base_sha256": declared} if declared else tags)
-    assert [(each["state"], each["reason"]) for each in look(at)] == [("folded", "")] * 4
-    served = open_version(at, "tiny", 5)
+    assert [(each["state"], each["reason"]) for each in look(at)] == [("folded", "")] * 5
+    served = open_version(at, "tiny", 6)
     assert set(served.weights()) == set(load_file(zoo / "base" / WEIGHTS)), "the base's names, and no head among them"
     assert set(head_of(served.folder, "headed")) == {"classifier.weight", "classifier.bias"}
     assert [path.name for path in (served.folder / "heads").iterdir()] == ["headed.safetensors"]
     stored = load_file(tmp_path / "headed" / WEIGHTS)["classifier.weight"]
     assert head_of(served.folder, "headed")["classifier.weight"].equal(stored)
-    assert served.memory.tasks == ("prefixed", "bare", "headed")
-    assert [expert.version for expert in served.memory.experts] == [1, 2, 3, 4]
+    assert served.memory.tasks == ("prefixed", "bare", "headed", "partial")
+    assert [expert.version for expert in served.memory.experts] == [1, 2, 3, 4, 5]
     assert served.memory.owner("prefixed").version == 1, "the first suite goes on measuring the task"
     assert (served.folder / "tokenizer.json").read_bytes() == (zoo / "base/tokenizer.json").read_bytes()
     plain = load_file(zoo / "expert-1" / WEIGHTS)

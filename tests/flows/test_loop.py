@@ -270,10 +270,10 @@ def test_a_model_that_kills_its_worker_is_set_aside_after_three_tries(at, zoo, m
     register(at, zoo / "expert-2", "task-2")
     original = merge.fold
 
-    def poisonous(scratch, settings, base, parent, expert, name, progress):
-        if name[1] == 1:
+    def poisonous(scratch, settings, base, parent, experts, progress):
+        if experts[0].name[1] == 1:
             raise RuntimeError("out of something")
-        return original(scratch, settings, base, parent, expert, name, progress)
+        return original(scratch, settings, base, parent, experts, progress)
 
     monkeypatch.setattr(merge, "fold", poisonous)
     outcomes = look(at)
@@ -376,7 +376,7 @@ def test_a_ledger_that_does_not_know_the_model_moves_nothing(at, zoo):
 
 
 def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_is(at, zoo, monkeypatch):
-    from flows import folding, merge
+    from flows import merge, plan
 
     look(at)
     register(at, zoo / "expert-1", "task-1")
@@ -386,8 +386,8 @@ def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_
     with pytest.raises(FoldinError, match="died after"):
         look(at)
     monkeypatch.undo()
-    other = {**folding.numerics_profile("cpu"), "threads": "999"}
-    monkeypatch.setattr(folding, "numerics_profile", lambda device: other)
+    other = {**plan.numerics_profile("cpu"), "threads": "999"}
+    monkeypatch.setattr(plan, "numerics_profile", lambda device: other)
     shutil.rmtree(at.work("tiny"))
     assert [(each["state"], each["version"]) for each in look(at)] == [("folded", 2)]
     assert merge.open_version(at, "tiny", 2).memory.profile["threads"] != "999"

@@ -125,9 +125,16 @@ def test_an_expert_that_does_not_fit_is_named(change, words):
         merge(BASE, [BASE, BASE | change], projected=["a.weight"])
 
 
-def test_a_lacking_tensor_is_named():
-    with pytest.raises(MergeError, match=r"tensor 'a.bias': the expert lacks a tensor of the base"):
-        merge(BASE, [{"a.weight": torch.eye(2)}], projected=[])
+def test_a_tensor_that_an_expert_lacks_is_unchanged():
+    moved = BASE | {"a.weight": 2 * torch.eye(2)}
+    partly = merge(BASE, [{"a.weight": moved["a.weight"]}], projected=[])
+    whole = merge(BASE, [moved], projected=[])
+    assert all(torch.equal(partly[name], whole[name]) for name in BASE)
+
+
+def test_an_expert_with_none_of_the_tensors_is_refused():
+    with pytest.raises(MergeError, match=r"tensor 'a.weight': the expert has no tensor of the base"):
+        merge(BASE, [{}], projected=[])
 
 
 def test_an_unknown_projected_name_is_refused():

@@ -85,4 +85,4 @@ def test_an_adapter_that_is_not_finite_is_refused():
 
 @pytest.mark.parametrize(("rank", "kept"), [(1, True), (12, True), (13, False)])
 def test_above_half_the_short_side_factors_are_not_worth_it(rank, kept):
-    assert fits(40, 24, rank) is kept
+    assert fits(rank, (40, 24)) is kept

@@ -1,0 +1,259 @@
+"""An expert's tensors by the base's names and in the base's shapes, whatever form it came in."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from flows.versions import Version
+from registry import intake
+from registry.records import Refusal, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evaluation.architecture import Anatomy
+    from registry.adapters import Adapter
+    from registry.weights import Checkpoint
+
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted(Mapping[str, "Tensor"]):
+    """An expert's tensors as the base would hold them; those that it lacks are not among them."""
+
+    tensors: "Checkpoint | Adapter"  # by the base's names
+    base: "Checkpoint"
+    moved: frozenset[str] = frozenset()  # names of the tensors that differ from the base's
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # per vocabulary tensor: `matched_rows`
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Name -> dtype as stored, shape of the base's."""
+        return {
+            name: TensorSpec(spec.dtype, self.base.stored[name].spec.shape if name in self.rows else spec.shape)
+            for name, spec in self.tensors.specs.items()
+        }
+
+    def __getitem__(self, name: str) -> "Tensor":
+        """The full tensor, on the CPU; rows of tokens that the expert lacks are the base's."""
+        import torch
+
+        tensor = self.tensors[name]
+        if name not in self.rows:
+            return tensor
+        places = torch.tensor(self.rows[name], dtype=torch.int64)
+        known = places >= 0
+        fitted = self.base[name].to(tensor.dtype)
+        fitted[known] = tensor[places[known]]
+        return fitted
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, sorted."""
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return len(self.tensors)
+
+    def factors(self, name: str) -> "tuple[Tensor, Tensor] | None":
+        """(left (rows, r), right (cols, r)) with expert - base == left @ right.T, where the expert is kept so."""
+        from registry.adapters import Adapter
+
+        return self.tensors.factors(name) if isinstance(self.tensors, Adapter) else None
+
+    def rank(self, name: str) -> int | None:
+        """The rank of `factors`; None where there are none. Reads nothing."""
+        from registry.adapters import Adapter
+
+        return self.tensors.rank(name) if isinstance(self.tensors, Adapter) else None
+
+    def expect(self, name: str) -> None:
+        """Tell the system that a tensor is read soon."""
+        from registry.adapters import Adapter
+
+        if not isinstance(self.tensors, Adapter):
+            self.tensors.expect(name)
+
+
+class Fit(NamedTuple):
+    """An expert whose every tensor was looked at."""
+
+    body: Fitted  # the tensors that the base has
+    head: "Checkpoint"  # those it lacks
+    sha256: str  # content digest of both
+
+
+def fit(base: Version, files: intake.Admitted, has_head: bool, where: str) -> Fit | Refusal:
+    """The expert's tensors as the base would hold them, or why they cannot be held so.
+
+    Args:
+        base: the version that holds the line's base.
+        files: the expert's copy.
+        has_head: whether tensors that the base lacks may be the task's head.
+        where: names the expert in messages.
+
+    Raises:
+        FoldinError: as `Checkpoint` and `Adapter` do for files that are not sound.
+    """
+    from evaluation.architecture import anatomy
+
+    weights = base.weights()
+    known = anatomy(base.folder, list(weights))
+    if files.is_adapter:
+        return _fit_adapter(base, weights, files, known, where)
+    return _fit_checkpoint(base, weights, files, known, has_head, where)
+
+
+def _fit_adapter(
+    base: Version, weights: "Checkpoint", files: intake.Admitted, known: "Anatomy", where: str
+) -> Fit | Refusal:
+    from registry.adapters import Adapter
+
+    adapter = Adapter.open(files.folder, weights, where)
+    for name in adapter:
+        if name in known.aliases and known.aliases[name] in weights:
+            what = f"the adapter changes one of two tied tensors, {name} and {known.aliases[name]}"
+            remedy = "train the adapter without the output head, or untie it in the base"
+            return Refusal("E_ADAPTER", what, where, tensor=name, remedy=remedy)
+    for tensors in (adapter.stored, adapter.head):
+        for name in tensors:
+            wrong = _not_finite(name, tensors[name], where)
+            if wrong:
+                return wrong
+    return Fit(Fitted(adapter, weights, frozenset(adapter)), adapter.head, adapter.sha256)
+
+
+def _fit_checkpoint(
+    base: Version, weights: "Checkpoint", files: intake.Admitted, known: "Anatomy", has_head: bool, where: str
+) -> Fit | Refusal:
+    from evaluation import models
+    from registry.weights import Checkpoint, content_sha256
+
+    whole = _aligned(Checkpoint.open(files.folder, where), weights, models.base_prefix(base.folder, list(weights)))
+    body = _untied(whole, weights, known.aliases, where)
+    if isinstance(body, Refusal):
+        return body
+    rows = _rows(base, weights, body, files, known, where)
+    if isinstance(rows, Refusal):
+        return rows
+    fitted = Fitted(body, weights, rows=rows)
+    refusal = _check_names(weights, fitted, has_head, where, base)
+    if refusal:
+        return refusal
+    seen = _Seen(fitted, where)
+    digest, _ = content_sha256(body, visit=seen.look)
+    if seen.refusal:
+        return seen.refusal
+    own = replace(fitted, tensors=body.only([name for name in body if name in weights]), moved=frozenset(seen.moved))
+    return Fit(own, body.only([name for name in body if name not in weights]), digest)
+
+
+def _aligned(expert: "Checkpoint", base: "Checkpoint", prefix: str) -> "Checkpoint":
+    """The expert by the base's names: task models store the base's tensors below a prefix such as `vit.`."""
+    if prefix and not any(name in base for name in expert):
+        return expert.prefixed(prefix)
+    return expert
+
+
+def _untied(expert: "Checkpoint", base: "Checkpoint", aliases: Mapping[str, str], where: str) -> "Checkpoint | Refusal":
+    """The expert with each tied weight under the one name that is folded; both names must hold the same values."""
+    import torch
+
+    renamed, dropped = {}, set()
+    for name, kept in aliases.items():
+        if name not in expert or (name in base and not (kept in base and torch.equal(base[name], base[kept]))):
+            continue
+        if kept not in expert:
+            renamed[name] = kept
+        elif torch.equal(expert[name], expert[kept]):
+            dropped.add(name)
+        else:
+            what = f"it is tied to {kept} in the base and holds other values in the expert"
+            return Refusal("E_SCHEMA", what, where, tensor=name, remedy="tie the two again, and train it once more")
+    return expert.only(set(expert) - dropped).renamed(lambda name: renamed.get(name, name))
+
+
+def _rows(
+    base: Version, weights: "Checkpoint", expert: "Checkpoint", files: intake.Admitted, known: "Anatomy", where: str
+) -> dict[str, tuple[int, ...]] | Refusal:
+    """Per vocabulary tensor the expert's row for each of the base's; none where both have the same tokens."""
+    from evaluation.vocabulary import matched_rows
+
+    tables = sorted(name for name in known.vocabulary if name in expert and name in weights)
+    lengths = {name: (weights.stored[name].spec.shape[0], expert.stored[name].spec.shape[0]) for name in tables}
+    if not tables or (all(own == new for own, new in lengths.values()) and _same_tokenizer(base.folder, files.folder)):
+        return {}
+    rows: dict[str, tuple[int, ...]] = {}
+    for name, (own, new) in lengths.items():
+        found = matched_rows(base.folder, files.folder, own, where)
+        if isinstance(found, Refusal):
+            return replace(found, tensor=name)
+        if max(found, default=-1) >= new:
+            what, remedy = (
+                "the tokenizer has more tokens than the tensor has rows",
+                "save the tokenizer it was trained with",
+            )
+            return Refusal("E_VOCABULARY", what, where, "", name, f"{max(found) + 1} rows", f"{new}", remedy)
+        if own != new or any(row >= 0 and row != place for place, row in enumerate(found)):
+            rows[name] = found
+    return rows
+
+
+def _same_tokenizer(base: Path, expert: Path) -> bool:
+    """Whether nothing says that the expert's tokens are others than the base's."""
+    shared = [name for name in VOCABULARIES if (base / name).exists() and (expert / name).exists()]
+    return all((base / name).read_bytes() == (expert / name).read_bytes() for name in shared)
+
+
+def _check_names(base: "Checkpoint", expert: Fitted, has_head: bool, where: str, version: Version) -> Refusal | None:
+    from merging.check import check_schema
+
+    modules = {name.partition(".")[0] for name in base}
+    findings = check_schema(
+        base.specs, expert.specs, heads=lambda name: has_head and name.partition(".")[0] not in modules
+    )
+    if not findings:
+        return None
+    first, more = findings[0], len(findings) - 1
+    what = first.what + (f" (and {more} more tensor{'s' * (more > 1)} differ{'s' * (more == 1)})" if more else "")
+    return Refusal(first.code, what, where, "", first.tensor, first.expected, first.found, retrain(version))
+
+
+class _Seen:
+    """What one pass over an expert's tensors finds: a value that is not finite, and which tensors moved."""
+
+    def __init__(self, expert: Fitted, where: str) -> None:
+        self._expert = expert
+        self._where = where
+        self.refusal: Refusal | None = None
+        self.moved: list[str] = []
+
+    def look(self, name: str, tensor: "Tensor") -> None:
+        """Look at one tensor of the expert, by the base's name."""
+        import torch
+
+        self.refusal = self.refusal or _not_finite(name, tensor, self._where)
+        base = self._expert.base
+        if name in base and (name in self._expert.rows or not torch.equal(tensor, base[name].to(tensor.dtype))):
+            self.moved.append(name)
+
+
+def _not_finite(name: str, tensor: "Tensor", where: str) -> Refusal | None:
+    import torch
+
+    from merging.check import check_finite
+
+    # Folds are made in float32: a float64 value beyond its range is as bad as an infinity.
+    found = check_finite(name, tensor.float() if tensor.dtype == torch.float64 else tensor)
+    if not found:
+        return None
+    remedy = "train it again; a value that is not finite would spread to every tensor of the merged model"
+    return Refusal(found.code, found.what, where, "", name, found.expected, found.found, remedy)
+
+
+def retrain(base: Version) -> str:
+    """What to do with an expert that is not of this base."""
+    return f"fine-tune it from this line's base (weights {base.memory.base_sha256[:12]}) and export every tensor of it"

@@ -1,0 +1,310 @@
+"""What one pass folds: which tensors, in which form, by which rule, from where. Plain values, for any worker."""
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from flows.admission import Admitted
+from flows.config import LineConfig
+from flows.fitting import Fitted
+from flows.versions import Version
+from registry.records import FoldinError, Refusal, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evaluation.architecture import Anatomy
+    from merging.lowrank import Factors
+    from merging.method import Method, Role, State
+    from registry.weights import Checkpoint
+
+LEFT, RIGHT = "left", "right"  # what the factors of a slot are called beside it: NAME:SLOT.left
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What is done with which of the base's tensors; all others of floats are folded entry by entry."""
+
+    projected: frozenset[str]  # matrices, (out, in) or (out, ...)
+    stacked: frozenset[str] = frozenset()  # those of `projected` that hold one matrix per index of the first axis
+    means: Mapping[str, str] = field(default_factory=dict)  # running mean of a batch norm -> its running variance
+    untouched: frozenset[str] = frozenset()  # stay the base's: what the model computes itself
+    same: Mapping[str, str] = field(default_factory=dict)  # tied weights stored twice -> the folded one
+
+    @cached_property
+    def variances(self) -> Mapping[str, str]:
+        """Running variance -> the running mean beside it."""
+        return {variance: mean for mean, variance in self.means.items()}
+
+
+def kinds_of(settings: LineConfig, base: "Checkpoint", anatomy: "Anatomy") -> Kinds:
+    """What the architecture and the line's patterns say about the base's tensors."""
+
+    def named(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    linear = {name for name in anatomy.linear | anatomy.stacked if not named(name, settings.plain)}
+    asked = {name for name in base if len(base.stored[name].spec.shape) > 1 and named(name, settings.project)}
+    return Kinds(
+        projected=frozenset(linear | asked),
+        stacked=anatomy.stacked,
+        means=anatomy.means,
+        untouched=anatomy.derived,
+        same={name: kept for name, kept in anatomy.aliases.items() if _stored_twice(base, name, kept)},
+    )
+
+
+def _stored_twice(base: "Checkpoint", name: str, kept: str) -> bool:
+    """Whether a tied weight lies in the base under both names, with the same values; else it is no tie."""
+    import torch
+
+    return name in base and kept in base and torch.equal(base[name], base[kept])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass over base and state for some experts, in the order in which they are folded."""
+
+    method: str
+    parameters: Mapping[str, Any]
+    base: "Checkpoint"
+    slots: "Checkpoint | None"  # the parent's, as NAME:SLOT; None: nothing was moved yet
+    experts: tuple[Fitted, ...]
+    kinds: Kinds
+    stats: tuple[float, float, float]  # the parent's: count, norm_sum, total_norm
+    names: tuple[str, ...]  # the tensors that one of these experts or an earlier one moved, in the base's file order
+    stored: tuple[Mapping[str, str], ...]  # per expert: tensor -> the coarsest dtype so far, where not the base's
+    ranks: Mapping[str, tuple[int, ...]]  # per tensor whose total is kept as factors: its rank after each expert; -1
+    # from where on it is kept as a matrix. All others are kept as they are.
+    device: str = "cpu"  # cpu, cuda (every GPU) or cuda:N
+    profile: Mapping[str, str] = field(default_factory=dict)  # of the process that made the plan
+
+    @cached_property
+    def rule(self) -> "Method":
+        """The line's merge method."""
+        from merging import build
+
+        return build(self.method, self.parameters)
+
+    def method_for(self, name: str) -> "Method":
+        """The method that folds a tensor: statistics of batch norms are averaged whatever the line does."""
+        from merging import build
+
+        return build("average", {}) if self.is_statistic(name) else self.rule
+
+    def is_statistic(self, name: str) -> bool:
+        """Whether a tensor is a running mean or variance, which counts in no norm."""
+        return name in self.kinds.means or name in self.kinds.variances
+
+    def is_factored(self, name: str) -> bool:
+        """Whether a tensor's total is kept as factors after this pass."""
+        return name in self.ranks and self.ranks[name][-1] > 0
+
+    def role(self, name: str, base: "Tensor", expert: int) -> "Role":
+        """How a tensor takes part in the fold of the expert with this number."""
+        from merging.fold import role_of
+        from registry.weights import DTYPES
+
+        stored = DTYPES[self.stored[expert].get(name, self.base.stored[name].spec.dtype)]
+        projected, stacked = name in self.kinds.projected, name in self.kinds.stacked
+        return role_of(base, projected, self.stats[0] + expert, stored, stacked=stacked)
+
+    def earlier(self, name: str, device: str) -> "State | Factors | None":
+        """The parent's state of one tensor, in the form in which it is kept; None where no expert moved it."""
+        return None if self.slots is None else state_in(self.slots, name, self.method_for(name), device)
+
+    def slot_specs(self, name: str) -> dict[str, TensorSpec]:
+        """Key -> dtype and shape of what is kept of one tensor after this pass."""
+        import torch
+
+        shape = self.base.stored[name].spec.shape
+        if self.is_factored(name):
+            sides = zip((LEFT, RIGHT), shape, strict=True)
+            return {f"{name}:total.{side}": TensorSpec("F32", (length, self.ranks[name][-1])) for side, length in sides}
+        slots = self.method_for(name).init(torch.empty(shape, device="meta"))
+        return {f"{name}:{slot}": TensorSpec("F32", shape) for slot in sorted(slots)}
+
+
+def numerics_profile(device: str) -> dict[str, str]:
+    """What the bytes of a fold may depend on besides its inputs; how many cores there are is not among it."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {platform.machine()}",
+        "threads": "1",
+        "python": platform.python_version(),
+    }
+
+
+def state_in(slots: Mapping[str, "Tensor"], name: str, method: "Method", device: str) -> "State | Factors | None":
+    """One tensor's state among some slots."""
+    import torch
+
+    from merging.lowrank import Factors
+
+    if f"{name}:total.{LEFT}" in slots:
+        return Factors(*(slots[f"{name}:total.{side}"].to(device) for side in (LEFT, RIGHT)))
+    if f"{name}:total" not in slots:
+        return None
+    return {slot: slots[f"{name}:{slot}"].to(device) for slot in method.init(torch.empty(0))}
+
+
+def plan_for(settings: LineConfig, base: Version, parent: Version, experts: Sequence[Admitted]) -> Plan:
+    """The plan of folding experts into a version.
+
+    Raises:
+        FoldinError: E_METHOD when the line's method is not the one that wrote the parent's state.
+    """
+    from evaluation.architecture import anatomy
+
+    _check_method(settings, parent)
+    weights = base.weights()
+    kinds = kinds_of(settings, weights, anatomy(base.folder, list(weights)))
+    slots = parent.slots()
+    return make_plan(
+        settings.method,
+        settings.parameters,
+        weights,
+        slots,
+        tuple(expert.body for expert in experts),
+        kinds,
+        stats=parent.memory.stats,
+        stored=parent.memory.stored,
+        device=settings.device,
+    )
+
+
+def make_plan(
+    method: str,
+    parameters: Mapping[str, Any],
+    base: "Checkpoint",
+    slots: "Checkpoint | None",
+    experts: tuple[Fitted, ...],
+    kinds: Kinds,
+    *,
+    stats: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    stored: Mapping[str, str] | None = None,  # by the experts before
+    device: str = "cpu",
+) -> Plan:
+    """A plan from its parts: names, dtypes and ranks follow from what the experts and the slots hold."""
+    touched = {key.rpartition(":")[0] for key in slots or ()}.union(*(expert.moved for expert in experts))
+    names = tuple(name for name in base.stored if name in touched and _is_folded(base, name, kinds))
+    profile = numerics_profile(device)
+    plan = Plan(method, dict(parameters), base, slots, experts, kinds, stats, names, (), {}, device, profile)
+    steps: list[Mapping[str, str]] = []
+    for number, expert in enumerate(experts):
+        steps.append(_coarsest(base, steps[-1] if steps else stored or {}, expert, stats[0] + number > 0))
+    ranks = {name: _ranks(plan, name) for name in names if plan.rule.rotatable}
+    return replace(plan, stored=tuple(steps), ranks={name: each for name, each in ranks.items() if max(each) > 0})
+
+
+def _is_folded(base: "Checkpoint", name: str, kinds: Kinds) -> bool:
+    from merging.fold import is_folded
+    from registry.weights import DTYPES
+
+    return is_folded(DTYPES[base.stored[name].spec.dtype]) and name not in kinds.untouched and name not in kinds.same
+
+
+def _coarsest(base: "Checkpoint", earlier: Mapping[str, str], expert: Fitted, later: bool) -> dict[str, str]:
+    """Per tensor the coarsest dtype that experts stored it in, where that is not the base's.
+
+    A full checkpoint is as coarse as the base at least; the factors of an adapter carry none of its rounding.
+    """
+    import torch
+
+    from registry.weights import DTYPES
+
+    def step(dtype: str) -> float:
+        return float(torch.finfo(DTYPES[dtype]).eps)
+
+    stored = dict(earlier)
+    for name in expert.moved:
+        if name not in base or not DTYPES[expert.specs[name].dtype].is_floating_point:
+            continue
+        own = base.stored[name].spec.dtype
+        given = expert.specs[name].dtype
+        coarse = given if expert.rank(name) is not None else max(own, given, key=step)
+        known = [stored.get(name, own)] if later else []
+        stored[name] = max([coarse, *known], key=step)
+    return {name: dtype for name, dtype in stored.items() if dtype != base.stored[name].spec.dtype}
+
+
+def _ranks(plan: Plan, name: str) -> tuple[int, ...]:
+    """The rank of a tensor's total after each expert, as long as it is kept as factors: then -1."""
+    from merging.lowrank import fits
+
+    rank, ranks, shape = _rank_before(plan, name), list[int](), plan.base.stored[name].spec.shape
+    for expert in plan.experts:
+        if name in expert.moved:
+            own = expert.rank(name)
+            kept = own is not None and rank >= 0 and fits(rank + own, shape)
+            rank = rank + own if kept and own is not None else -1
+        ranks.append(rank)
+    return tuple(ranks)
+
+
+def _rank_before(plan: Plan, name: str) -> int:
+    if plan.slots is None or not any(f"{name}:total{end}" in plan.slots for end in ("", f".{LEFT}")):
+        return 0
+    key = f"{name}:total.{LEFT}"
+    return plan.slots.stored[key].spec.shape[1] if key in plan.slots else -1
+
+
+def parts_of(plan: Plan, target: int) -> tuple[tuple[str, ...], ...]:
+    """The names of the plan cut into parts of about equal cost, as many as there are `target` bytes of state.
+
+    The cut depends on the model alone, never on the number of workers, so that a state's files do not either.
+    """
+    sizes = {name: sum(4 * prod(spec.shape) for spec in plan.slot_specs(name).values()) for name in plan.names}
+    costs = {name: cost(plan, name) for name in plan.names}
+    count = max(1, min(MOST_PARTS, round(sum(sizes.values()) / target)))
+    return tuple(_cut(plan.names, costs, count))
+
+
+MOST_PARTS = 256
+
+
+def cost(plan: Plan, name: str) -> float:
+    """What folding one tensor takes, in multiply-adds of float64 products; entries count as 50 for being moved."""
+    shape = plan.base.stored[name].spec.shape
+    moved = 50.0 * sum(prod(spec.shape) for spec in plan.slot_specs(name).values()) + 10.0 * prod(shape)
+    if name not in plan.kinds.projected or plan.is_factored(name):
+        return moved
+    stacks, rows, columns = (shape[0], *shape[1:]) if name in plan.kinds.stacked else (1, shape[0], prod(shape[1:]))
+    short, long = min(rows, columns), max(rows, columns)
+    return moved + len(plan.experts) * stacks * (8.0 * short**3 + 3.0 * long * short**2)
+
+
+def _cut(names: Sequence[str], costs: Mapping[str, float], count: int) -> Iterable[tuple[str, ...]]:
+    """At most `count` runs of names; a run ends where the cost so far passes its share."""
+    share, spent, run = sum(costs.values()) / count, 0.0, list[str]()
+    ends = 1
+    for name in names:
+        run.append(name)
+        spent += costs[name]
+        if spent >= share * ends * (1 - 1e-9) and ends < count:
+            yield tuple(run)
+            run = []
+            ends = max(ends, int(spent / share)) + 1
+    if run:
+        yield tuple(run)
+
+
+def _check_method(settings: LineConfig, parent: Version) -> None:
+    """Another method cannot read the state that this one wrote."""
+    if parent.memory.experts and parent.memory.method != settings.method:
+        raise FoldinError(
+            Refusal(
+                code="E_METHOD",
+                what="the line's method was changed after experts were folded",
+                where=f"version {parent.number}",
+                expected=f"method {parent.memory.method}",
+                found=f"method {settings.method}",
+                remedy="set the method back, or start a new line for the new method",
+            )
+        )
