@@ -8,6 +8,7 @@ a mapping of numbers: what it measured itself, the same keys each time. Its proc
 import importlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ class Side(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One process. Memory is resident memory: peak of the whole process, baseline after its imports."""
+    """One process. Memory is resident memory: its peak or that of its largest child, and after its imports."""
 
     seconds: float  # wall time of the call
     peak_rss_mb: float  # MiB; files mapped into memory count while they are resident
@@ -76,6 +77,13 @@ def run_side(side: Side, threads: int) -> Run:
             ending = f"ended with status {finished.returncode}"
             raise SideError(f"side {side.name!r} ({side.target}) {ending}:\n{finished.stderr.strip()}")
         return Run(**json.loads(result.read_text()))
+
+
+def launch(command: Sequence[str]) -> None:
+    """A side that is a program: run it to its end. Its imports are part of the time. Raises SideError if it fails."""
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise SideError(f"{command[0]} ended with status {finished.returncode}:\n{finished.stderr[-4000:]}")
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -124,7 +132,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def _memory(key: str) -> float:
     """VmHWM (peak) or VmRSS (now) of this process in MiB.
 
-    Not getrusage: its peak is inherited from the process that started this one, through fork and exec.
+    Not getrusage: its peak is inherited from the process that started this one, through fork and exec. For children
+    of this process, which is small, getrusage is good enough.
     """
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) / 1024
@@ -142,7 +151,9 @@ def _measured(function: Callable[..., Mapping[str, float] | None], arguments: Ar
     details = function(**arguments)
     seconds = time.perf_counter() - start
     after = _transferred()
-    return Run(seconds, _memory("VmHWM"), baseline, after[0] - read, after[1] - written, dict(details or {}))
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    peak = max(_memory("VmHWM"), children)
+    return Run(seconds, peak, baseline, after[0] - read, after[1] - written, dict(details or {}))
 
 
 def _child() -> None:
