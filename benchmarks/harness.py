@@ -45,6 +45,7 @@ class Run(NamedTuple):
     read_mb: float  # MiB through read calls during the call; mapped files are not seen here
     written_mb: float
     details: dict[str, float]  # what the function returned
+    programs: bool = False  # whether the peak is that of a child: the side started a program
 
 
 def compare(sides: Sequence[Side], repeats: int, threads: int) -> dict[str, list[Run]]:
@@ -89,7 +90,7 @@ def launch(command: Sequence[str]) -> None:
 def environment(threads: int) -> dict[str, str]:
     """The environment of a process that is to use this many threads."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**os.environ, **dict.fromkeys(names, str(threads))}
+    return {**os.environ, **dict.fromkeys(names, str(threads)), "HF_HUB_OFFLINE": "1"}
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
@@ -107,7 +108,8 @@ def ratios(runs: Mapping[str, Sequence[Run]], ours: str) -> dict[str, dict[str, 
     """Other side -> how many times our seconds and memory it takes.
 
     `seconds`: over the pairs of runs that followed each other; `peak_rss`: of the medians; `peak_rss_over_baseline`:
-    the same, counting only what was added to the memory after the imports.
+    the same, counting only what was added to the memory after the imports. Of programs, which import for themselves,
+    the last says nothing and is left out.
     """
 
     def peak(name: str, over: float) -> float:
@@ -117,7 +119,8 @@ def ratios(runs: Mapping[str, Sequence[Run]], ours: str) -> dict[str, dict[str, 
     for name in runs:
         if name != ours:
             pairs = [theirs.seconds / own.seconds for theirs, own in zip(runs[name], runs[ours], strict=True)]
-            added = {"peak_rss": 0.0, "peak_rss_over_baseline": 1.0}
+            programs = all(run.programs for each in (name, ours) for run in runs[each])
+            added = {"peak_rss": 0.0} if programs else {"peak_rss": 0.0, "peak_rss_over_baseline": 1.0}
             memory = {key: round(peak(name, over) / max(peak(ours, over), 1.0), 3) for key, over in added.items()}
             found[f"{name}/{ours}"] = {"seconds": spread(pairs), **memory}
     return found
@@ -152,8 +155,8 @@ def _measured(function: Callable[..., Mapping[str, float] | None], arguments: Ar
     seconds = time.perf_counter() - start
     after = _transferred()
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    peak = max(_memory("VmHWM"), children)
-    return Run(seconds, peak, baseline, after[0] - read, after[1] - written, dict(details or {}))
+    own, transfer = _memory("VmHWM"), (after[0] - read, after[1] - written)
+    return Run(seconds, max(own, children), baseline, *transfer, dict(details or {}), children > own)
 
 
 def _child() -> None:

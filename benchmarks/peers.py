@@ -10,19 +10,21 @@ mergekit is run as it is published, nothing of it is used here.
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Side, SideError, compare, ratios, summary
+from benchmarks.harness import Run, Side, SideError, compare, ratios, summary
 from benchmarks.shapes import decoder, tinyllama
 from benchmarks.synthetic import make
 from benchmarks.telling import document, options, tell, workplace
+from registry.weights import Checkpoint
 
-MERGEKIT = ("linear", "task_arithmetic")
-FOLDIN = ("average", "task_arithmetic")
+PAIRS = {"average": "linear", "task_arithmetic": "task_arithmetic"}  # foldin's method -> mergekit's
+WEIGHTS = {"linear": 0.5, "task_arithmetic": 0.3}  # of each expert; 0.3 is foldin's default scale
 FLAGS = ("--no-cuda", "--no-copy-tokenizer", "--no-write-model-card", "--quiet")
 
 
@@ -47,12 +49,32 @@ def measured(chosen: argparse.Namespace, place: Path) -> dict[str, Any]:
     """The whole document."""
     shape = decoder(hidden=128, layers=2, vocabulary=512) if chosen.quick else tinyllama()
     models = make(place / ("decoder" if chosen.quick else "tinyllama"), shape, experts=2, seed=chosen.seed)
-    sides = [ours(models, method) for method in FOLDIN] + [theirs(chosen.peers, models, method) for method in MERGEKIT]
-    runs = compare(sides, chosen.repeats, chosen.threads)
-    found = {name: summary(each) for name, each in runs.items()}
-    chosen.peers = str(chosen.peers)
-    facts = document("peers", chosen, found, ratios(runs, f"foldin {FOLDIN[0]}"))
-    return {**facts, "peers": mergekit_versions(Path(chosen.peers))}
+    found: dict[str, list[Run]] = {}
+    times: dict[str, object] = {}
+    agreement: dict[str, float] = {}
+    for method, peer in PAIRS.items():
+        sides = (ours(models, method), theirs(chosen.peers, models, peer))
+        runs = compare(sides, chosen.repeats, chosen.threads)
+        found |= runs
+        times |= ratios(runs, sides[0].name)
+        agreement[f"{method} and {peer}"] = distance(models, f"foldin-{method}/2", f"mergekit-{peer}")
+    imports = compare(importing(chosen.peers), 1, chosen.threads)
+    more = {"agreement": agreement, "imports": {name: told(runs) for name, runs in imports.items()}}
+    peers, chosen.peers = chosen.peers, str(chosen.peers)
+    sections = {name: told(runs) for name, runs in found.items()}
+    return document("peers", chosen, sections, times, **more, peers=mergekit_versions(peers))
+
+
+def told(runs: list[Run]) -> dict[str, Any]:
+    """A side's figures without those of the process that only started it."""
+    return {**summary(runs), "baseline_rss_mb": None, "read_mb": None, "written_mb": None}
+
+
+def distance(models: Path, left: str, right: str) -> float:
+    """||left - right|| / ||right - base|| over all tensors of two merged models."""
+    base, one, other = (Checkpoint.open(models / name) for name in ("base", left, right))
+    apart = math.hypot(*(float((one[name].double() - other[name].double()).norm()) for name in base))
+    return apart / math.hypot(*(float((other[name].double() - base[name].double()).norm()) for name in base))
 
 
 def ours(models: Path, method: str) -> Side:
@@ -64,14 +86,23 @@ def ours(models: Path, method: str) -> Side:
 
 
 def theirs(peers: Path, models: Path, method: str) -> Side:
-    """mergekit: one merge, with weights of a half."""
+    """mergekit: one merge."""
     out, recipe = models / f"mergekit-{method}", models / f"{method}.yml"
-    entries = [{"model": str(models / f"expert-{one}"), "parameters": {"weight": 0.5}} for one in (1, 2)]
+    entries = [{"model": str(models / f"expert-{one}"), "parameters": {"weight": WEIGHTS[method]}} for one in (1, 2)]
     facts: dict[str, object] = {"merge_method": method, "models": entries, "dtype": "bfloat16"}
     if method != "linear":
         facts["base_model"] = str(models / "base")
     recipe.write_text(json.dumps(facts))  # JSON is YAML
     return program(f"mergekit {method}", [str(peers / "bin/mergekit-yaml"), str(recipe), str(out), *FLAGS], out)
+
+
+def importing(peers: Path) -> list[Side]:
+    """Both programs without any work: what of the figures is their imports."""
+    commands = {
+        "foldin": [sys.executable, "-c", "import benchmarks.ours"],
+        "mergekit": [str(peers / "bin/python"), "-c", "import mergekit.merge, mergekit.scripts.run_yaml"],
+    }
+    return [Side(name, "benchmarks.harness:launch", {"command": command}) for name, command in commands.items()]
 
 
 def program(name: str, command: list[str], out: Path) -> Side:

@@ -110,7 +110,7 @@ def _sides(facts: Mapping[str, Any]) -> Table:
     table = Table("side", "seconds", "min", "max", "peak MiB", "imports MiB", title=title, title_justify="left")
     for name, side in facts["sides"].items():
         seconds = [f"{side['seconds'][key]:.3f}" for key in ("median", "min", "max")]
-        memory = [f"{side[key]:.0f}" for key in ("peak_rss_mb", "baseline_rss_mb")]
+        memory = [f"{side[key]:.0f}" if side[key] is not None else "-" for key in ("peak_rss_mb", "baseline_rss_mb")]
         table.add_row(name, *seconds, *memory)
     return table
 
