@@ -80,11 +80,17 @@ def run_side(side: Side, threads: int) -> Run:
         return Run(**json.loads(result.read_text()))
 
 
-def launch(command: Sequence[str]) -> None:
-    """A side that is a program: run it to its end. Its imports are part of the time. Raises SideError if it fails."""
+def launch(command: Sequence[str]) -> dict[str, float]:
+    """A side that is a program: run it to its end. Its imports are part of the time.
+
+    What it measured itself it prints as a JSON object of numbers on its last line. Raises SideError if it fails.
+    """
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         raise SideError(f"{command[0]} ended with status {finished.returncode}:\n{finished.stderr[-4000:]}")
+    last = finished.stdout.strip().rpartition("\n")[2]
+    details: dict[str, float] = json.loads(last) if last.startswith("{") else {}
+    return details
 
 
 def environment(threads: int) -> dict[str, str]:

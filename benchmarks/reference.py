@@ -15,6 +15,7 @@ tensor([[0., 1.],
 
 import argparse
 import shutil
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -116,15 +117,18 @@ def run(
     dtype: str = "F32",  # F32, or F64 for the measure of accuracy
     alpha: float = ALPHA,
 ) -> dict[str, float]:
-    """One step from disk to disk; lambda and the experts' mean norm."""
+    """One step from disk to disk: lambda, the experts' mean norm, and the seconds of the step without the files."""
     wide, target = DTYPES[dtype], Path(out)
     pretrained, model, other = (load(Path(folder), wide) for folder in (base, merged, expert))
+    start = time.perf_counter()
     memory = step(pretrained, model, other, _remembered(Path(merged)), projected, alpha)
+    seconds = time.perf_counter() - start
     target.mkdir(parents=True, exist_ok=True)
     save_file(model, target / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(Path(base) / "config.json", target / "config.json")
     write_json(target / MEMORY, {"lambda_t": memory.lambda_t, "norms": list(memory.norms)})
-    return {"lambda_t": memory.lambda_t, "mean_norm": sum(memory.norms) / len(memory.norms)}
+    mean_norm = sum(memory.norms) / len(memory.norms)
+    return {"lambda_t": memory.lambda_t, "mean_norm": mean_norm, "step_seconds": seconds}
 
 
 def _remembered(folder: Path) -> Memory | None:
