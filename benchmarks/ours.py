@@ -5,8 +5,10 @@ so that another engine can be put behind `fold` alone.
 """
 
 import argparse
+import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +105,7 @@ def fold(
 
 
 def main() -> None:
-    """Fold experts one after the other, each into the version before it; no tensor is projected."""
+    """Fold experts one after the other, each into the version before it, projecting none; print the stages' seconds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ours", description="Fold experts from disk to disk.")
     parser.add_argument("base", type=Path)
     parser.add_argument("experts", type=Path, nargs="+")
@@ -111,10 +113,12 @@ def main() -> None:
     parser.add_argument("--method", choices=["average", "task_arithmetic"], default="average")
     chosen = parser.parse_args()
     parent: str | None = None
+    spent: Counter[str] = Counter()
     for number, expert in enumerate(chosen.experts, start=1):
         version = str(chosen.out / str(number))
-        fold(str(chosen.base), parent, str(expert), version, [], chosen.method)
+        spent.update(fold(str(chosen.base), parent, str(expert), version, [], chosen.method))
         parent = version
+    print(json.dumps(spent))
 
 
 def _earlier(parent: Path | None) -> tuple[Mapping[str, Tensor], Stats]:

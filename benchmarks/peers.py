@@ -58,6 +58,8 @@ def measured(chosen: argparse.Namespace, place: Path) -> dict[str, Any]:
         found |= runs
         times |= ratios(runs, sides[0].name)
         agreement[f"{method} and {peer}"] = distance(models, f"foldin-{method}/2", f"mergekit-{peer}")
+        for side in sides:
+            side.before()  # removes what it wrote: up to 13 GB
     imports = compare(importing(chosen.peers), 1, chosen.threads)
     more = {"agreement": agreement, "imports": {name: told(runs) for name, runs in imports.items()}}
     peers, chosen.peers = chosen.peers, str(chosen.peers)

@@ -1,5 +1,7 @@
 """Both sides of the step benchmark do the same sum, and the benchmarks run as programs."""
 
+import doctest
+import importlib
 import json
 import subprocess
 import sys
@@ -64,14 +66,22 @@ def test_operations_are_charged_to_stages(tower):
 
 
 def test_a_side_may_be_a_program(tmp_path):
-    script = "import sys; block = bytearray(b'x') * (200 << 20); sys.exit(sys.argv[1])"
-    good = {"command": [sys.executable, "-c", script.replace("sys.exit(sys.argv[1])", "pass")]}
+    script = "import sys; block = bytearray(b'x') * (200 << 20); {}"
+    good = {"command": [sys.executable, "-c", script.format("print('talk'); print('{\"own\": 1.5}')")]}
     run = run_side(Side("program", "benchmarks.harness:launch", good), threads=1)
     assert run.programs
+    assert run.details == {"own": 1.5}
     assert 200 < run.peak_rss_mb < 240
-    bad = {"command": [sys.executable, "-c", script, "it went wrong"]}
+    bad = {"command": [sys.executable, "-c", script.format("sys.exit('it went wrong')")]}
     with pytest.raises(SideError, match="it went wrong"):
         run_side(Side("program", "benchmarks.harness:launch", bad), threads=1)
+
+
+@pytest.mark.parametrize("name", ["shapes", "reference", "ours", "stages"])
+def test_the_examples_in_the_modules_hold(name):
+    result = doctest.testmod(importlib.import_module(f"benchmarks.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def start(*arguments):
