@@ -1,137 +1,91 @@
-"""foldin's side of the benchmarks: one expert folded from disk to disk, as flows/folding.py does it for a version.
+"""foldin's side of the benchmarks: experts folded from disk to disk by the two passes that make a version.
 
-The only file here that calls the engine. What it reads and writes (`Line`, below) is what a version of a line holds,
-so that another engine can be put behind `fold` alone.
+The only file here that calls the engine. What it reads and writes is what a version of a line holds.
 """
 
 import argparse
 import json
+import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from merging import Stats, build
-from merging.fold import advance, fold_tensor, is_folded, read_tensor, role_of
-from merging.measure import Measure
-from merging.method import State
+from flows.fitting import Fitted
+from flows.passes import fold_state, materialise, stats_after
+from flows.plan import Kinds, Plan, make_plan
+from flows.pool import devices_of
+from registry.adapters import Adapter
 from registry.files import read_json, write_json
-from registry.records import TensorSpec
-from registry.weights import DTYPES, Checkpoint
-from registry.writer import plan_layout, write_checkpoint
+from registry.weights import Checkpoint
 
-STATE, STATS = "state", "stats.json"
-SLOT = "total"
+STATE, RECORDS, FACTS = "state", "parts", "facts.json"
 
 
-class Clock:
-    """Seconds by what they were spent on; inner spans are not counted again in outer ones.
-
-    >>> clock = Clock()
-    >>> with clock("a"):
-    ...     pass
-    >>> list(clock.seconds)
-    ['a']
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inner = [0.0]
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Charge the block to a stage, less what its own inner blocks are charged to."""
-        start = time.perf_counter()
-        self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent - self._inner.pop()
-            self._inner[-1] += spent
-
-
-@torch.no_grad()
 def fold(
     base: str,  # folder of the base's checkpoint
-    parent: str | None,  # folder that an earlier call wrote; None: the expert is the first
-    expert: str,  # folder of a full checkpoint of the base
-    out: str,  # gets state/, the serving checkpoint, config.json and stats.json
+    parent: str | None,  # folder that an earlier call wrote; None: the experts are the first
+    expert: str | list[str],  # folders of full checkpoints or of LoRA adapters of the base, in the order of folding
+    out: str,  # gets state/, the serving checkpoint, config.json and facts.json
     projected: list[str],  # names of the linear weights
     method: str = "opcm",
+    workers: int = 0,  # 0: as many as there are cores
+    serve: bool = True,  # whether the second pass runs too
+    device: str = "cpu",
 ) -> dict[str, float]:
-    """Fold one expert and write the next version: seconds of each stage.
+    """Fold experts in one pass and write the next version: seconds of each pass, and what the casts lost.
 
-    Files are mapped into memory, so part of reading happens, and is charged, where a tensor is first used. Writing
-    includes the digests and waiting until the bytes are on disk.
+    Both passes include the digests and waiting until the bytes are on disk.
     """
-    clock, rule = Clock(), build(method, {})
-    weights, moved, folder = Checkpoint.open(Path(base)), Checkpoint.open(Path(expert)), Path(out)
-    slots, stats = _earlier(Path(parent) if parent else None)
-    names = [name for name in weights if is_folded(DTYPES[weights.specs[name].dtype])]
-    measures: list[Measure] = []
-
-    def folded(slot: str) -> Tensor:
-        name = slot.removesuffix(f":{SLOT}")
-        with clock("reading"):
-            own, theirs, state = weights[name], moved[name], _state(slots, name)
-        with clock("folding"):
-            role = role_of(own, name in projected, stats.count, theirs.dtype)
-            after, found = fold_tensor(rule, own, state, theirs, role)
-        measures.append(found)
-        return after[SLOT]
-
-    specs = {f"{name}:{SLOT}": TensorSpec("F32", weights.specs[name].shape) for name in names}
-    with clock("writing"):
-        write_checkpoint(folder / STATE, specs, folded, layout=plan_layout(specs))
-    after, written = advance(stats, measures), Checkpoint.open(folder / STATE)
-
-    def serving(name: str) -> Tensor:
-        with clock("reading"):
-            own, state = weights[name], _state(written, name)
-        with clock("exporting"):
-            return read_tensor(rule, own, state, after)
-
-    with clock("writing"):
-        write_checkpoint(folder, weights.specs, serving, layout=weights.layout)
-        write_json(folder / STATS, after._asdict())
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as flows.wiring sets it; read at torch's first allocation
+    start, folder = time.perf_counter(), Path(out)
+    plan = _plan(base, parent, [expert] if isinstance(expert, str) else expert, projected, method, device)
+    devices = devices_of(device, workers)
+    measures = fold_state(folder / STATE, folder / RECORDS, plan, devices)
+    stats, folded = stats_after(plan, measures), time.perf_counter()
+    told = {"fold_seconds": folded - start}
+    if serve:
+        made = materialise(folder, Checkpoint.open(folder / STATE), plan, stats, devices)
+        told |= {"materialise_seconds": time.perf_counter() - folded, "cast_loss": made.cast_loss}
         shutil.copyfile(Path(base) / "config.json", folder / "config.json")
-    return {f"{stage}_seconds": seconds for stage, seconds in clock.seconds.items()}
+    write_json(folder / FACTS, {"stats": list(stats), "stored": dict(plan.stored[-1])})
+    return told
+
+
+def _plan(base: str, parent: str | None, experts: list[str], projected: list[str], method: str, device: str) -> Plan:
+    weights = Checkpoint.open(Path(base))
+    facts = read_json(Path(parent) / FACTS) if parent else {}
+    count, norm_sum, total_norm = facts.get("stats", (0.0, 0.0, 0.0))
+    return make_plan(
+        method,
+        {},
+        weights,
+        Checkpoint.open(Path(parent) / STATE) if parent else None,
+        tuple(_fitted(Path(expert), weights) for expert in experts),
+        Kinds(projected=frozenset(projected)),
+        stats=(count, norm_sum, total_norm),
+        stored=facts.get("stored", {}),
+        device=device,
+    )
+
+
+def _fitted(folder: Path, base: Checkpoint) -> Fitted:
+    """An expert taken to have moved every tensor that it holds, as one that was trained as a whole has."""
+    adapter = (folder / "adapter_config.json").exists()
+    tensors = Adapter.open(folder, base) if adapter else Checkpoint.open(folder)
+    return Fitted(tensors, base, frozenset(tensors))
 
 
 def main() -> None:
-    """Fold experts one after the other, each into the version before it, projecting none; print the stages' seconds."""
+    """Fold experts into a base in one pass; the last line printed is what the passes took, as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ours", description="Fold experts from disk to disk.")
     parser.add_argument("base", type=Path)
-    parser.add_argument("experts", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, required=True, help="gets a folder for each version: 1, 2, ...")
-    parser.add_argument("--method", choices=["average", "task_arithmetic"], default="average")
+    parser.add_argument("experts", nargs="+")
+    parser.add_argument("--out", type=Path, required=True, help="gets the version")
+    parser.add_argument("--method", choices=["average", "task_arithmetic", "opcm"], default="average")
+    parser.add_argument("--projected", nargs="*", default=[], help="names of the linear weights")
     chosen = parser.parse_args()
-    parent: str | None = None
-    spent: Counter[str] = Counter()
-    for number, expert in enumerate(chosen.experts, start=1):
-        version = str(chosen.out / str(number))
-        spent.update(fold(str(chosen.base), parent, str(expert), version, [], chosen.method))
-        parent = version
-    print(json.dumps(spent))
-
-
-def _earlier(parent: Path | None) -> tuple[Mapping[str, Tensor], Stats]:
-    """The slots and the statistics of a version; nothing, before the first expert."""
-    if parent is None:
-        return {}, Stats()
-    facts = read_json(parent / STATS)
-    return Checkpoint.open(parent / STATE), Stats(**{key: float(facts[key]) for key in Stats._fields})
-
-
-def _state(slots: Mapping[str, Tensor], name: str) -> State | None:
-    slot = f"{name}:{SLOT}"
-    return {SLOT: slots[slot]} if slot in slots else None
+    told = fold(str(chosen.base), None, chosen.experts, str(chosen.out), chosen.projected, chosen.method)
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

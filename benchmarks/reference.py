@@ -140,7 +140,7 @@ def _remembered(folder: Path) -> Memory | None:
 
 def main() -> None:
     """One step from the command line; the nn.Linear weights are read from the architecture."""
-    from evaluation.models import linear_weights
+    from evaluation.architecture import linear_weights
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reference", description="One published OPCM step.")
     for name in ("base", "merged", "expert", "out"):

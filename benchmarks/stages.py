@@ -18,25 +18,27 @@ from benchmarks import ours
 from benchmarks.harness import Arguments
 
 GIGA = 1e9
+STAGES = ("factorisation", "products_float64", "products_float32", "rest")
 
 
 def profile(arguments: Arguments, size: int = 2048) -> dict[str, float]:
     """One fold with every operation timed; `arguments` are those of `ours.fold`, `size` is the peak's matrix.
 
-    STAGE_seconds, STAGE_gflop and STAGE_gflops (per second) for gram, factorisation, products and the rest, the peaks
-    of float64 and float32, and bound_seconds: what all counted operations would take at the float64 peak.
+    STAGE_seconds, STAGE_gflop and STAGE_gflops (per second) for factorisation, products in float64 and in float32, and
+    the rest; the peaks of both; and bound_seconds: what all counted operations would take at their peak.
     """
     peaks = {str(dtype).removeprefix("torch."): peak(size, dtype) for dtype in (torch.float64, torch.float32)}
     with Watch() as watch:
-        ours.fold(**arguments)
+        ours.fold(**{**arguments, "workers": 1})
     found: dict[str, float] = {}
-    for stage in ("gram", "factorisation", "products", "rest"):
+    for stage in STAGES:
         found[f"{stage}_seconds"] = watch.seconds[stage]
         if watch.flops[stage]:
             found[f"{stage}_gflop"] = watch.flops[stage] / GIGA
             found[f"{stage}_gflops"] = watch.flops[stage] / GIGA / watch.seconds[stage]
     found |= {f"peak_{dtype}_gflops": value for dtype, value in peaks.items()}
-    return {**found, "bound_seconds": sum(watch.flops.values()) / GIGA / peaks["float64"]}
+    bounds = (watch.flops[stage] / GIGA / peaks["float32" if "32" in stage else "float64"] for stage in STAGES)
+    return {**found, "bound_seconds": sum(bounds)}
 
 
 def peak(size: int, dtype: torch.dtype) -> float:
@@ -75,12 +77,11 @@ def classify(name: str, args: tuple[Any, ...]) -> tuple[str, float]:
     """The stage of an operation of torch, and its floating point operations.
 
     >>> classify("mm", (torch.ones(2, 3), torch.ones(3, 5)))
-    ('products', 60.0)
+    ('products_float32', 60.0)
     """
     if name in PRODUCTS:
         left, right = args[PRODUCTS[name]], args[PRODUCTS[name] + 1]
-        gram = left.data_ptr() == right.data_ptr()
-        return "gram" if gram else "products", 2.0 * left.numel() * right.shape[-1]
+        return f"products_{str(left.dtype).removeprefix('torch.')}", 2.0 * left.numel() * right.shape[-1]
     if name in FACTORISATIONS:
         return "factorisation", FACTORISATIONS[name](args[0])
     return "rest", 0.0
@@ -107,5 +108,12 @@ def _qr(matrix: Tensor) -> float:
     return 2 * (2 * long * short**2 - 2 / 3 * short**3)
 
 
-PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1}  # operation of torch -> place of its left factor
+PRODUCTS = {
+    "mm": 0,
+    "bmm": 0,
+    "mv": 0,
+    "addmm": 1,
+    "addmm_": 1,
+    "baddbmm": 1,
+}  # operation of torch -> place of its left factor
 FACTORISATIONS: dict[str, Callable[[Tensor], float]] = {"_linalg_eigh": _eigh, "_linalg_svd": _svd, "linalg_qr": _qr}

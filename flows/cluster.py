@@ -1,7 +1,7 @@
 """The parts of a fold on a Dask cluster, as Prefect tasks. The workers must see the same folders as this process."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -29,7 +29,7 @@ def fold_on_cluster(scheduler: str, folder: Path, records: Path, plan: Plan, dev
 
     @flow(
         name="fold on Dask",
-        task_runner=DaskTaskRunner(address=scheduler),
+        task_runner=cast("Any", DaskTaskRunner(address=scheduler)),
         persist_result=False,
         validate_parameters=False,
     )

@@ -1,10 +1,11 @@
-"""The two passes over a model, tensor by tensor: experts into the state, then base and state into serving weights.
+"""The two passes over a model: experts into the state, then base and state into serving weights.
 
 A pass reads each tensor once, whatever the number of experts, and holds a few tensors at a time, whatever the size of
-the model. The state is written in parts; a part that is there with its record is not made again.
+the model; what is computed entry by entry never lies in memory whole. The state is written in parts, one worker each; a
+part that is there with its record is not made again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -12,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from flows.plan import Plan, numerics_profile, parts_of, state_in
-from flows.pool import Job, devices_of, pool
+from flows.pool import Job, pool
 from registry.files import read_json, sha256_file, sweep, write_json
-from registry.headers import BYTES
-from registry.records import FoldinError, Refusal
+from registry.records import FoldinError, Refusal, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 Measures = dict[str, "Measure"]  # tensor name -> what one expert did to it
-PART_BYTES = 128 * 2**20  # of state in one part: what a crash costs, and what one worker takes at a time
+PART_BYTES = 32 * 2**20  # of state in one part: what a crash costs, and what one worker takes at a time
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,21 @@ def fold_state(
     """
     from registry.writer import write_index
 
-    parts = state_parts(plan)
+    parts, done, measures = state_parts(plan), 0, list[list[Measures]]()
     sweep(folder)
-    done = {part.file: _recorded(folder, records, part, plan) for part in parts}
-    todo = [part for part in parts if done[part.file] is None]
-    made = 0
-
-    def count(name: str) -> None:
-        nonlocal made
-        made += 1
-        progress(made, sum(len(part.names) for part in todo))
-
     with pool(devices) as run:
-        jobs = (_fold_job(plan, name) for part in todo for name in part.names)
-        results = cast("Iterator[_Folded]", run(jobs))
-        for part in todo:
-            done[part.file] = _write_part(folder, records, part, plan, results, count)
+        found = run(_part_job(folder, records, plan, part) for part in parts)
+        for part, each in zip(parts, cast("Iterator[list[Measures]]", found), strict=True):
+            measures.append(each)
+            done += len(part.names)
+            progress(done, len(plan.names))
     if len(parts) > 1:
         layout = {part.file: [key for name in part.names for key in plan.slot_specs(name)] for part in parts}
-        specs = {key: spec for part in parts for name in part.names for key, spec in plan.slot_specs(name).items()}
+        specs = {key: spec for part in parts for key, spec in _specs(plan, part).items()}
         write_index(folder, specs, layout)
-    return [_joined(done.values(), number) for number in range(len(plan.experts))]
+    return [
+        {name: one for part in measures for name, one in part[number].items()} for number in range(len(plan.experts))
+    ]
 
 
 def state_parts(plan: Plan) -> list[Part]:
@@ -117,67 +111,134 @@ def materialise(
         FoldinError: E_FOLD where a merged tensor overflows its dtype; E_DISK, or as `Checkpoint`.
     """
     from merging.measure import quadrature
-    from registry.writer import Entry, write_checkpoint
+    from registry.weights import combined_sha256
+    from registry.writer import Entry, write_stream
 
-    losses: list[tuple[float, float]] = []
+    reads: list[_Read] = []
 
     def entries() -> "Iterator[Entry]":
-        for read in cast("Iterator[_Read]", results):
-            losses.append((read.moved, read.lost))
-            progress(len(losses), len(plan.base))
-            yield Entry(read.name, read.tensor, read.sha256)
+        for read in cast("Iterator[_Read]", found):
+            yield from (Entry(read.name, piece) for piece in read.pieces)
+            reads.append(read._replace(pieces=[]))
+            progress(len(reads), len(plan.base))
 
     with pool(devices) as run:
-        results = run(_read_job(plan, slots, stats, name) for names in plan.base.layout.values() for name in names)
-        written = write_checkpoint(folder, plan.base.specs, entries(), layout=plan.base.layout)
-    moved, lost = (quadrature(column) for column in zip(*losses, strict=True))
-    return Serving(written.sha256, lost / moved if moved else 0.0)
+        names = [name for names in plan.base.layout.values() for name in names]
+        found = run(_read_job(plan, slots, stats, name) for name in names)
+        write_stream(folder, plan.base.specs, entries(), layout=plan.base.layout)
+    moved, lost = quadrature(read.moved for read in reads), quadrature(read.lost for read in reads)
+    return Serving(combined_sha256({read.name: read.sha256 for read in reads}), lost / moved if moved else 0.0)
 
 
-# one tensor
+# the first pass, one part
 
 
-class _Folded(NamedTuple):
-    name: str
-    slots: "dict[str, Tensor]"  # key -> on the CPU
-    measures: "list[Measure]"  # per expert
-
-
-class _Read(NamedTuple):
-    name: str
-    tensor: "Tensor"
-    sha256: str
-    moved: float
-    lost: float
-
-
-def _fold_job(plan: Plan, name: str) -> Job:
-    entries, long = prod(plan.base.stored[name].spec.shape), 4 * (4 if name in plan.kinds.projected else 3)
-
+def _part_job(folder: Path, records: Path, plan: Plan, part: Part) -> Job:
     def expect() -> None:
-        plan.base.expect(name)
-        if plan.slots is not None and f"{name}:total" in plan.slots:
-            plan.slots.expect(f"{name}:total")
-        for expert in plan.experts:
-            if name in expert.moved:
-                expert.expect(name)
+        for name in part.names:
+            plan.base.expect(name)
+            for expert in plan.experts:
+                if name in expert.moved:
+                    expert.expect(name)
+            if plan.slots is not None and f"{name}:total" in plan.slots:
+                plan.slots.expect(f"{name}:total")
 
-    return Job(lambda device: fold_one(plan, name, device), entries * long, expect)
+    need = max(prod(plan.base.stored[name].spec.shape) * _bytes_per_entry(plan, name) for name in part.names)
+    return Job(lambda device: fold_part(folder, records, plan, part, device), need, expect)
 
 
-def fold_one(plan: Plan, name: str, device: str) -> _Folded:
-    """One tensor through all experts of a plan."""
+def _bytes_per_entry(plan: Plan, name: str) -> int:
+    """Of memory while a tensor is folded: files are mapped, and what is projected lies in float32 three times."""
+    return 8 + 4 + (16 if name in plan.kinds.projected and not plan.is_factored(name) else 0)
+
+
+def fold_part(folder: Path, records: Path, plan: Plan, part: Part, device: str) -> "list[Measures]":
+    """One part, on any worker that sees the same folders; what each expert did to its tensors.
+
+    Repeating it is harmless: a part that was finished is found again.
+    """
+    from registry.writer import write_part
+
+    found = _recorded(folder, records, part, plan)
+    if found is not None:
+        return found
+    _check_profile(plan, device)
+    measures: list[Measures] = [{} for _ in plan.experts]
+    sha256 = write_part(folder / part.file, _specs(plan, part), _entries(plan, part, device, measures))
+    write_json(_record(records, part), {"sha256": sha256, "profile": dict(plan.profile), "measures": measures})
+    return measures
+
+
+def _specs(plan: Plan, part: Part) -> dict[str, TensorSpec]:
+    return {key: spec for name in part.names for key, spec in plan.slot_specs(name).items()}
+
+
+def _recorded(folder: Path, records: Path, part: Part, plan: Plan) -> "list[Measures] | None":
+    """What a finished part did, when its file is still the one that was written; None when it must be made."""
+    from merging.measure import Measure
+
+    path = _record(records, part)
+    if not path.exists() or not (folder / part.file).exists():
+        return None
+    facts = read_json(path)
+    if facts["profile"] != dict(plan.profile) or facts["sha256"] != sha256_file(folder / part.file):
+        return None
+    return [{name: Measure(*values) for name, values in each.items()} for each in facts["measures"]]
+
+
+def _record(records: Path, part: Part) -> Path:
+    return records / f"{part.file}.json"
+
+
+def _entries(plan: Plan, part: Part, device: str, measures: "list[Measures]") -> "Iterator[Entry]":
+    """The slots of a part's tensors in the order of its file; `measures` gets what each expert did."""
+    for name in part.names:
+        with _blamed(name):
+            fold = _fold_pieces if _is_plain(plan, name) else _fold_whole
+            found = yield from fold(plan, name, device)
+        for each, one in zip(measures, found, strict=True):
+            each[name] = one
+
+
+def _is_plain(plan: Plan, name: str) -> bool:
+    """Whether a tensor is folded entry by entry into a single slot, so that it can be written as it is made."""
+    return name not in plan.kinds.projected and name not in plan.ranks and len(plan.slot_specs(name)) == 1
+
+
+def _fold_pieces(plan: Plan, name: str, device: str) -> "Generator[Entry, None, list[Measure]]":
+    """One tensor through all experts of a plan, piece by piece."""
+    from merging.fold import fold_pieces
+    from merging.measure import Measure
+    from registry.writer import Entry
+
+    base, state = plan.tensor(plan.base, name).to(device), plan.earlier(name, device)
+    # While nobody has moved it an unmoved tensor has no state, and folding it would make one of zeros: the same.
+    late = next(at for at, expert in enumerate(plan.experts) if name in expert.moved) if state is None else 0
+    experts = [plan.tensor(expert, name).to(device) if name in expert.moved else base for expert in plan.experts[late:]]
+    pieces = fold_pieces(plan.method_for(name), base, cast("State | None", state), experts)
+    measures = [Measure(0.0, 0.0, 0.0, 0.0)] * late
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            return measures + cast("list[Measure]", end.value)
+        yield Entry(f"{name}:total", piece["total"])
+
+
+def _fold_whole(plan: Plan, name: str, device: str) -> "Generator[Entry, None, list[Measure]]":
+    """One tensor through all experts of a plan, one after the other."""
     from merging.lowrank import Factors
+    from registry.writer import Entry
 
-    with _blamed(name):
-        base = None if plan.is_factored(name) else _base_of(plan, name, device)
-        state, measures = plan.earlier(name, device), []
-        for number in range(len(plan.experts)):
-            state, found = _step(plan, name, number, base, state, device)
-            measures.append(found)
+    base = None if plan.is_factored(name) else plan.tensor(plan.base, name).to(device)
+    state, measures = plan.earlier(name, device), []
+    for number in range(len(plan.experts)):
+        state, found = _step(plan, name, number, base, state, device)
+        measures.append(found)
     assert state is not None, "a tensor of the plan was moved by somebody"
     sides = {f"total.{side}": each for side, each in state._asdict().items()} if isinstance(state, Factors) else state
-    return _Folded(name, {f"{name}:{slot}": sides[slot].cpu() for slot in sorted(sides)}, measures)
+    yield from (Entry(f"{name}:{slot}", sides[slot]) for slot in sorted(sides))
+    return measures
 
 
 def _step(
@@ -201,7 +262,7 @@ def _step(
         return fold_factors(method, state, delta, role)
     assert base is not None
     whole = {"total": dense(state)} if isinstance(state, Factors) else state
-    new = _tensor_of(plan, expert, name).to(device) if moved else base
+    new = plan.tensor(expert, name).to(device) if moved else base
     return fold_tensor(method, base, whole, new, plan.role(name, base, number))
 
 
@@ -213,129 +274,85 @@ def _nothing(state: "Factors | None") -> "Factors":
     return Factors(*(side[:, :0] for side in state))
 
 
-def _base_of(plan: Plan, name: str, device: str) -> "Tensor":
-    return _tensor_of(plan, plan.base, name).to(device)
+# the second pass, one tensor
 
 
-def _tensor_of(plan: Plan, tensors: "Mapping[str, Tensor]", name: str) -> "Tensor":
-    """A tensor as it is folded: in place of a running variance the mean square."""
-    from merging.statistics import second_moment
-
-    if name not in plan.kinds.variances:
-        return tensors[name]
-    mean = plan.kinds.variances[name]
-    return second_moment(tensors[mean] if mean in tensors else plan.base[mean], tensors[name])
+class _Read(NamedTuple):
+    name: str
+    pieces: "list[Tensor]"  # of the serving tensor, flat, in order
+    sha256: str  # of the tensor
+    moved: float
+    lost: float
 
 
 def _read_job(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: str) -> Job:
-    stored = plan.base.stored[name]
-
     def expect() -> None:
         plan.base.expect(name)
         if slots is not None and f"{name}:total" in slots:
             slots.expect(f"{name}:total")
 
-    size = prod(stored.spec.shape) * (4 + 2 * BYTES[stored.spec.dtype])
-    return Job(lambda device: _read_one(plan, slots, stats, name, device), size, expect)
+    stored = plan.base.stored[name]
+    need = 2 * (stored.end - stored.begin) + 4 * prod(stored.spec.shape)
+    return Job(lambda device: _read(plan, slots, stats, name, device), need, expect)
 
 
-def _read_one(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: str, device: str) -> _Read:
+def _read(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: str, device: str) -> _Read:
     """One serving tensor with its digest."""
-    from merging.fold import Reading, is_folded, read_tensor
-    from registry.weights import tensor_sha256
+    from merging.fold import is_folded
+    from registry.weights import raw_bytes, start_digest
 
-    kept = plan.kinds.same.get(name, name)
-    base = plan.base[kept]
-    if slots is None or not is_folded(base):
-        return _Read(name, base, tensor_sha256(base), 0.0, 0.0)
-
-    def reading(name: str) -> Reading:
-        state = _dense(state_in(slots, name, plan.method_for(name), device))
-        return read_tensor(plan.method_for(name), _base_of(plan, name, device), state, stats)
-
+    kept, ending = plan.kinds.same.get(name, name), list["Reading"]()
+    base, digest, pieces = plan.base[kept], start_digest(plan.base.stored[name].spec), list["Tensor"]()
+    source: Iterator[Tensor] = iter([base])
+    if slots is not None and is_folded(base):
+        merged = _merged_variance if kept in plan.kinds.variances else _merged
+        source = merged(plan, slots, stats, kept, device, ending)
     with _blamed(kept):
-        found = _variance(plan, kept, reading, base) if kept in plan.kinds.variances else reading(kept)
-    if not found.finite:
-        raise FoldinError(_unfoldable(kept, "the merged tensor is not finite", _first_wrong(kept, found.tensor)))
-    tensor = found.tensor.cpu()
-    counted = kept == name and not plan.is_statistic(name)
-    return _Read(name, tensor, tensor_sha256(tensor), *((found.moved, found.lost) if counted else (0.0, 0.0)))
+        for piece in source:
+            digest.update(raw_bytes(piece))
+            pieces.append(piece)
+    if not all(found.finite for found in ending):
+        what = f"a value is beyond the range of {plan.base.stored[name].spec.dtype}"
+        raise FoldinError(_unfoldable(kept, "the merged tensor is not finite", what))
+    # Running statistics, and the second name of a tied tensor, do not count.
+    found = ending[0] if ending and kept == name and not plan.is_statistic(name) else None
+    return _Read(name, pieces, digest.hexdigest(), found.moved if found else 0.0, found.lost if found else 0.0)
 
 
-def _variance(plan: Plan, name: str, reading: "Callable[[str], Reading]", base: "Tensor") -> "Reading":
-    """A running variance, from the merged mean square and the merged mean."""
-    from merging.statistics import variance
-
-    moment, mean = reading(name), reading(plan.kinds.variances[name])
-    return moment._replace(tensor=variance(mean.tensor, moment.tensor).to(base.dtype))
-
-
-def _dense(state: "State | Factors | None") -> "State | None":
+def _merged(
+    plan: Plan, slots: "Checkpoint", stats: "Stats", name: str, device: str, ending: "list[Reading]"
+) -> "Iterator[Tensor]":
+    """A merged tensor piece by piece; `ending` gets what came of it."""
+    from merging.fold import read_pieces
     from merging.lowrank import Factors, dense
 
-    return {"total": dense(state)} if isinstance(state, Factors) else state
+    method, state = plan.method_for(name), state_in(slots, name, plan.method_for(name), device)
+    whole = {"total": dense(state)} if isinstance(state, Factors) else state
+    ending.append((yield from read_pieces(method, plan.tensor(plan.base, name).to(device), whole, stats)))
 
 
-# one part
+def _merged_variance(
+    plan: Plan, slots: "Checkpoint", stats: "Stats", name: str, device: str, ending: "list[Reading]"
+) -> "Iterator[Tensor]":
+    """A merged running variance, from the merged mean square and the merged mean."""
+    import torch
+
+    from merging.statistics import variance
+    from registry.weights import DTYPES
+
+    means: list[Reading] = []
+    moment, mean = (
+        torch.cat(list(_merged(plan, slots, stats, each, device, ended)))
+        for each, ended in ((name, ending), (plan.kinds.variances[name], means))
+    )
+    yield variance(mean, moment).to(DTYPES[plan.base.stored[name].spec.dtype])
 
 
-def _write_part(
-    folder: Path, records: Path, part: Part, plan: Plan, results: Iterator[_Folded], count: Callable[[str], None]
-) -> "list[Measures]":
-    """Write one file of the state from the next results, then the record that it is there."""
-    from registry.writer import Entry, write_part
-
-    measures: list[Measures] = [{} for _ in plan.experts]
-
-    def entries() -> "Iterator[Entry]":
-        for name in part.names:
-            found = next(results)
-            for number, each in enumerate(found.measures):
-                measures[number][name] = each
-            yield from (Entry(key, slot) for key, slot in found.slots.items())
-            count(name)
-
-    specs = {key: spec for name in part.names for key, spec in plan.slot_specs(name).items()}
-    sha256 = write_part(folder / part.file, specs, entries())
-    write_json(_record(records, part), {"sha256": sha256, "profile": dict(plan.profile), "measures": measures})
-    return measures
-
-
-def fold_part(folder: Path, records: Path, plan: Plan, part: Part, device: str) -> "list[Measures]":
-    """One part on its own, on any worker that sees the same folders; repeating it is harmless."""
-    found = _recorded(folder, records, part, plan)
-    if found is not None:
-        return found
-    _check_profile(plan, device)
-    with pool(devices_of(device)) as run:
-        results = cast("Iterator[_Folded]", run(_fold_job(plan, name) for name in part.names))
-        return _write_part(folder, records, part, plan, results, lambda name: None)
-
-
-def _recorded(folder: Path, records: Path, part: Part, plan: Plan) -> "list[Measures] | None":
-    """What a finished part did, when its file is still the one that was written; None when it must be made."""
-    from merging.measure import Measure
-
-    path = _record(records, part)
-    if not path.exists() or not (folder / part.file).exists():
-        return None
-    facts = read_json(path)
-    if facts["profile"] != dict(plan.profile) or facts["sha256"] != sha256_file(folder / part.file):
-        return None
-    return [{name: Measure(*values) for name, values in each.items()} for each in facts["measures"]]
-
-
-def _record(records: Path, part: Part) -> Path:
-    return records / f"{part.file}.json"
-
-
-def _joined(parts: "Iterable[list[Measures] | None]", number: int) -> "Measures":
-    """One expert's measures over all parts."""
-    return {name: found for measures in parts if measures for name, found in measures[number].items()}
+# what cannot be folded
 
 
 def _check_profile(plan: Plan, device: str) -> None:
-    """A worker of another kind would give other bytes than this one."""
+    """A worker of another kind would give other bytes than the process that made the plan."""
     mine = numerics_profile(device)
     if mine != plan.profile:
         key = next(key for key in mine if mine[key] != plan.profile.get(key))
@@ -348,9 +365,6 @@ def _check_profile(plan: Plan, device: str) -> None:
                 remedy="give all workers the same software and the same kind of processor",
             )
         )
-
-
-# what cannot be folded
 
 
 @contextmanager
@@ -367,10 +381,3 @@ def _blamed(name: str) -> Iterator[None]:
 def _unfoldable(name: str, what: str, found: str) -> Refusal:
     remedy = "look at the expert's training; its change of this tensor is too large to be merged"
     return Refusal("E_FOLD", what, "", "", name, "finite values", found, remedy)
-
-
-def _first_wrong(name: str, tensor: "Tensor") -> str:
-    from merging.check import check_finite
-
-    found = check_finite(name, tensor)
-    return found.found if found else ""

@@ -100,6 +100,15 @@ class Plan:
         """Whether a tensor is a running mean or variance, which counts in no norm."""
         return name in self.kinds.means or name in self.kinds.variances
 
+    def tensor(self, tensors: "Mapping[str, Tensor]", name: str) -> "Tensor":
+        """A tensor of the base or of an expert as it is folded: in place of a running variance the mean square."""
+        from merging.statistics import second_moment
+
+        if name not in self.kinds.variances:
+            return tensors[name]
+        mean = self.kinds.variances[name]
+        return second_moment(tensors[mean] if mean in tensors else self.base[mean], tensors[name])
+
     def is_factored(self, name: str) -> bool:
         """Whether a tensor's total is kept as factors after this pass."""
         return name in self.ranks and self.ranks[name][-1] > 0

@@ -10,6 +10,7 @@ from threading import local
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
+AHEAD = 4  # jobs per worker: no worker waits because the next result in order is a slow one
 BUDGET = 2**30  # bytes that the jobs under way may need together; one that needs more has the machine to itself
 
 
@@ -40,6 +41,13 @@ def pool(devices: tuple[str, ...]) -> Iterator[Callable[[Iterable[Job]], Iterato
     import torch
 
     threads, numbers, mine = torch.get_num_threads(), count(), local()
+    if len(devices) == 1:
+        torch.set_num_threads(1)
+        try:
+            yield lambda jobs: _here(jobs, devices[0])
+        finally:
+            torch.set_num_threads(threads)
+        return
 
     def begin() -> None:
         mine.device = devices[next(numbers)]
@@ -57,12 +65,24 @@ def pool(devices: tuple[str, ...]) -> Iterator[Callable[[Iterable[Job]], Iterato
             torch.set_num_threads(threads)  # threads made later start with what was set last, in whatever thread
 
 
+def _here(jobs: Iterable[Job], device: str) -> Iterator[object]:
+    """Results of a single worker, this thread; the system reads the next job's files meanwhile."""
+    waiting: deque[Job] = deque()
+    for job in jobs:
+        job.expect()
+        waiting.append(job)
+        if len(waiting) > 1:
+            yield waiting.popleft().run(device)
+    while waiting:
+        yield waiting.popleft().run(device)
+
+
 def _in_order(jobs: Iterable[Job], submit: Callable[[Job], "Future[object]"], workers: int) -> Iterator[object]:
-    """Results in order, while as many jobs are under way as workers and memory allow, and one more."""
+    """Results in order, while as many jobs are under way, or waiting to be taken, as memory allows."""
     waiting: deque[tuple[Future[object], int]] = deque()
     held = 0
     for job in jobs:
-        while waiting and (held + job.bytes > BUDGET or len(waiting) > workers):
+        while waiting and (held + job.bytes > BUDGET or len(waiting) > AHEAD * workers):
             future, size = waiting.popleft()
             yield future.result()
             del future

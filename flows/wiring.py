@@ -95,6 +95,7 @@ def prepare_environment(config: Config, *, verbose: bool = False) -> None:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for large pages: half the time where memory is only passed through
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)

@@ -6,15 +6,15 @@ tensor([1., 3.])
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from merging.catalogue import build
 from merging.check import check_schema
-from merging.measure import Measure, blocks, measure, measured, products, quadrature, sum_of
+from merging.measure import Measure, blocks, measure, measured, products, quadrature, scratch
 from merging.method import MergeError, Method, Role, State, Stats
 
 
@@ -69,15 +69,53 @@ def fold_tensor(
     Raises:
         MergeError: the tensors cannot be subtracted, or the result is not finite.
     """
+    if not role.projected:
+        pieces, (found,) = drained(fold_pieces(method, base, state, [expert]))
+        return {name: _whole([piece[name] for piece in pieces], base) for name in pieces[0]}, found
     _check_pair(expert, base)
-    if role.projected:
-        delta = _subtract(expert, base)
-        after = method.fold(method.init(base) if state is None else state, delta, role)
-        found = measure(state, delta, after)
-    else:
-        after, found = _fold_entries(method, base, state, expert, role)
+    delta = _subtract(expert, base)
+    after = method.fold(method.init(base) if state is None else state, delta, role)
+    found = measure(state, delta, after)
     check_norms(found)
     return after, found
+
+
+def fold_pieces(
+    method: Method,
+    base: Tensor,  # any shape, float
+    state: State | None,  # None: no expert has moved this tensor yet
+    experts: Sequence[Tensor],  # in the order of folding, each of the shape of base and any float dtype
+) -> Generator[State, None, list[Measure]]:
+    """The state of a tensor that is not projected after all experts, piece by piece; returns what each fold did.
+
+    The pieces are flat and cover the entries in order. What is computed on the way stays in a core's cache, and the
+    result is that of folding the experts one after the other.
+
+    Raises:
+        MergeError: the tensors cannot be subtracted, or the result is not finite.
+    """
+    for expert in experts:
+        _check_pair(expert, base)
+    old, news = base.detach().reshape(-1), [expert.detach().reshape(-1) for expert in experts]
+    earlier = None if state is None else {name: slot.reshape(-1) for name, slot in state.items()}
+    given, room = scratch(old, 2, _wide(base, *experts)), scratch(old, 3)
+    sums = torch.zeros(len(news), 6, dtype=torch.float64, device=base.device)
+    for part in blocks(old):
+        theirs, ours = given[:, : part.stop - part.start]
+        ours.copy_(old[part])
+        found = None if earlier is None else {name: slot[part] for name, slot in earlier.items()}
+        for number, new in enumerate(news):
+            delta = theirs.copy_(new[part]).sub_(ours).float()
+            before = method.init(delta) if found is None else found
+            after = method.fold(before, delta, Role())
+            sums[number] += products(room, delta, after["total"], None if found is None else found["total"])
+            found = {name: slot.clone() if slot is delta else slot for name, slot in after.items()}
+        assert found is not None
+        yield found
+    measures = [measured(row) for row in sums]
+    for each in measures:
+        check_norms(each)
+    return measures
 
 
 def check_norms(found: Measure) -> None:
@@ -89,27 +127,6 @@ def check_norms(found: Measure) -> None:
     if not (math.isfinite(found.delta_norm) and math.isfinite(found.total_norm)):
         norms = f"|expert - base| = {found.delta_norm}, |total| = {found.total_norm}"
         raise MergeError(f"the fold is not finite: {norms}; look for NaN or infinity in the expert and the base")
-
-
-def _fold_entries(
-    method: Method, base: Tensor, state: State | None, expert: Tensor, role: Role
-) -> tuple[State, Measure]:
-    """Piece by piece, so that what is computed on the way stays in a core's cache."""
-    names = list(state or method.init(base[:0] if base.ndim else base))
-    after = {name: torch.empty(base.shape, dtype=torch.float32, device=base.device) for name in names}
-    flat = {name: slot.view(-1) for name, slot in after.items()}
-    earlier = None if state is None else {name: slot.reshape(-1) for name, slot in state.items()}
-    old, new = base.detach().reshape(-1), expert.detach().reshape(-1)
-
-    def piece(part: slice) -> Tensor:
-        delta = _subtract(new[part], old[part])
-        before = method.init(delta) if earlier is None else {name: slot[part] for name, slot in earlier.items()}
-        found = method.fold(before, delta, role)
-        for name, slot in found.items():
-            flat[name][part] = slot
-        return products(delta, found["total"], before["total"])
-
-    return after, measured(sum_of(piece(part) for part in blocks(old)))
 
 
 def advance(stats: Stats, measures: Iterable[Measure]) -> Stats:
@@ -127,46 +144,73 @@ def advance(stats: Stats, measures: Iterable[Measure]) -> Stats:
 
 
 class Reading(NamedTuple):
-    """A merged tensor and what its last cast cost."""
+    """What came of reading a merged tensor."""
 
-    tensor: Tensor  # shape and dtype of the base
     moved: float  # Frobenius norm of what was added to the base, weight units
     lost: float  # Frobenius norm of what the cast to the base's dtype took away, weight units
-    finite: bool  # whether every value of the tensor is; a cast can overflow
+    finite: bool  # whether every merged value is; a cast can overflow
 
 
-def read_tensor(method: Method, base: Tensor, state: State | None, stats: Stats) -> Reading:
+def read_tensor(method: Method, base: Tensor, state: State | None, stats: Stats) -> tuple[Tensor, Reading]:
     """The merged tensor: base + read(state, stats), computed in float32 or wider, cast once to the dtype of base.
 
     A new tensor with the base's values where no expert moved anything (state None or all zero).
     """
-    if state is None or is_trivial(state):
-        return Reading(base.detach().clone(), 0.0, 0.0, True)
-    merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    flat, old = merged.view(-1), base.detach().reshape(-1)
+    pieces, found = drained(read_pieces(method, base, state, stats))
+    return _whole(pieces, base), found
+
+
+def read_pieces(method: Method, base: Tensor, state: State | None, stats: Stats) -> Generator[Tensor, None, Reading]:
+    """The merged tensor piece by piece, flat, in the order of its entries; returns what came of it."""
+    old = base.detach().reshape(-1)
+    if state is None:
+        yield from (old[part].clone() for part in blocks(old))
+        return Reading(0.0, 0.0, True)
     slots = {name: slot.reshape(-1) for name, slot in state.items()}
     whole = None if method.entrywise else method.read(state, stats).reshape(-1)
+    given = scratch(old, 2, _wide(base))
+    sums = torch.zeros(3, dtype=torch.float64, device=base.device)
+    for part in blocks(old):
+        exact, cast = given[:, : part.stop - part.start]
+        update = (
+            method.read({name: slot[part] for name, slot in slots.items()}, stats) if whole is None else whole[part]
+        )
+        if not _reach(update):  # adding zeros would turn -0.0 into 0.0
+            yield old[part].clone()
+            continue
+        merged = exact.copy_(old[part]).add_(update).to(base.dtype, copy=True)
+        lost = exact.sub_(cast.copy_(merged))
+        # The last is 0 where every value is finite.
+        sums += torch.stack([(update @ update).double(), (lost @ lost).double(), _reach(cast).double() * 0])
+        yield merged
+    moved, lost_square, check = sums.tolist()
+    return Reading(math.sqrt(moved), math.sqrt(lost_square), check == 0)
 
-    def piece(part: slice) -> Tensor:
-        given = {name: slot[part] for name, slot in slots.items()}
-        update = method.read(given, stats) if whole is None else whole[part]
-        exact = old[part].to(_wide(base)) + update
-        flat[part] = exact
-        return _cast_sums(update, exact, flat[part])
 
-    moved, lost, peak = sum_of(piece(part) for part in blocks(old)).tolist()
-    return Reading(merged, math.sqrt(moved), math.sqrt(lost), math.isfinite(peak))
+def _reach(values: Tensor) -> Tensor:  # (n,) -> (), 0 only where all are 0, NaN or infinite where one of them is
+    """The largest distance between two of the values and 0."""
+    if not len(values):
+        return values.new_zeros(())
+    least, most = torch.aminmax(values)
+    return torch.maximum(most, -least)
 
 
-def _cast_sums(update: Tensor, exact: Tensor, cast: Tensor) -> Tensor:  # (n,) each -> (3,), float64
-    """Squared norms of the update and of what the cast lost; a number that is finite when every value is."""
-    peak = cast.abs().max() if len(cast) else cast.new_zeros(())
-    gap = torch.zeros((), dtype=torch.float64, device=cast.device)
-    if cast.dtype != exact.dtype:
-        difference = (cast - exact).double()
-        gap = difference @ difference
-    wide = update.double()
-    return torch.stack([wide @ wide, gap, peak.double() * 0])
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def drained(pieces: Generator[T, None, R]) -> tuple[list[T], R]:
+    """All that a generator yields, and what it returns."""
+    items: list[T] = []
+    while True:
+        try:
+            items.append(next(pieces))
+        except StopIteration as end:
+            return items, end.value
+
+
+def _whole(pieces: Sequence[Tensor], base: Tensor) -> Tensor:
+    return torch.cat(list(pieces)).reshape(base.shape)
 
 
 def merge(
@@ -199,7 +243,11 @@ def merge(
                 raise MergeError(f"expert {number}, tensor {name!r}: {error}") from error
             measures.append(found)
         stats = advance(stats, measures)
-    return {name: read_tensor(rule, tensor, states.get(name), stats).tensor for name, tensor in base.items()}
+    return {name: _merged(rule, tensor, states.get(name), stats) for name, tensor in base.items()}
+
+
+def _merged(method: Method, base: Tensor, state: State | None, stats: Stats) -> Tensor:
+    return read_tensor(method, base, state, stats)[0] if is_folded(base) else base.detach().clone()
 
 
 class _Spec(NamedTuple):
@@ -233,12 +281,12 @@ def _check_pair(expert: Tensor, base: Tensor) -> None:
 
 def _subtract(expert: Tensor, base: Tensor) -> Tensor:
     """expert - base in float32 or wider, as float32, contiguous."""
-    wide = torch.promote_types(_wide(expert), _wide(base))
-    return (expert.detach().to(wide) - base.detach()).float().contiguous()
+    return (expert.detach().to(_wide(expert, base)) - base.detach()).float().contiguous()
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which these are computed with: float32, or float64 where one of them is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _rms(tensor: Tensor) -> float:

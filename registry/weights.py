@@ -190,6 +190,11 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def digest_of(spec: TensorSpec, raw: memoryview) -> str:
     """`tensor_sha256` from what it is made of."""
-    digest = hashlib.sha256(f"{spec.dtype} {list(spec.shape)}\n".encode())
+    digest = start_digest(spec)
     digest.update(raw)
     return digest.hexdigest()
+
+
+def start_digest(spec: TensorSpec) -> "hashlib._Hash":
+    """`tensor_sha256` before the tensor's bytes were added."""
+    return hashlib.sha256(f"{spec.dtype} {list(spec.shape)}\n".encode())

@@ -2,28 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import torch
 from torch import Tensor
 
 from registry.files import Place, canonical_json, replacing, write_atomic
 from registry.headers import BYTES, PART, SHARD, check_header
 from registry.records import TensorSpec
-from registry.weights import check_spec, combined_sha256, digest_of, raw_bytes
+from registry.weights import DTYPES, check_spec, combined_sha256, digest_of, raw_bytes
 
 INDEX = "model.safetensors.index.json"
 
 
 class Entry(NamedTuple):
-    """One tensor on its way into a file."""
+    """One tensor on its way into a file, or the next piece of it in the order of its bytes."""
 
     name: str
     tensor: Tensor
-    sha256: str = ""  # its `tensor_sha256` where somebody computed it already; "" leaves that to the writer
 
 
 class Written(NamedTuple):
@@ -58,12 +58,30 @@ def plan_layout(specs: Mapping[str, TensorSpec], max_bytes: int = 5 * 10**9) -> 
 def write_part(path: Path, specs: Mapping[str, TensorSpec], entries: Iterable[Entry]) -> str:  # specs: in file order
     """Write one file of a checkpoint whose other files and index are written apart; the SHA-256 of its bytes.
 
-    Raises:
-        FoldinError: as `write_checkpoint`.
+    A tensor may come in pieces, so that none is ever whole in memory. Raises as `write_stream`.
     """
-    place = Place(str(path.parent), path.name)
+    stream, place = iter(entries), Place(str(path.parent), path.name)
     with replacing(path) as target:
-        return _write_file(target, specs, _in_order(entries, str(path.parent)), {"format": "pt"}, place, None)
+        digest = _write_pieces(target, specs, stream, place)
+        _check_end(stream, place)
+    return digest
+
+
+def write_stream(
+    folder: Path, specs: Mapping[str, TensorSpec], entries: Iterable[Entry], *, layout: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Write a checkpoint whose tensors come in the layout's order, in pieces; file name -> SHA-256 of its bytes.
+
+    Raises:
+        FoldinError: E_SCHEMA for a tensor that is not due, or unlike its spec, or a layout unlike the specs; E_DISK.
+    """
+    stream, files = iter(entries), {}
+    with _opening(folder, specs, layout) as opened:
+        for file, names in layout.items():
+            chosen = {name: specs[name] for name in names}
+            files[file] = _write_pieces(opened(file), chosen, stream, Place(str(folder), file))
+        _check_end(stream, Place(str(folder), ""))
+    return files
 
 
 def write_index(folder: Path, specs: Mapping[str, TensorSpec], layout: Mapping[str, Sequence[str]]) -> None:
@@ -75,7 +93,7 @@ def write_index(folder: Path, specs: Mapping[str, TensorSpec], layout: Mapping[s
 def write_checkpoint(
     folder: Path,
     specs: Mapping[str, TensorSpec],
-    tensors: Callable[[str], Tensor] | Iterable[Entry],  # by name, or in the layout's order
+    tensors: Callable[[str], Tensor],  # by name
     *,
     layout: Mapping[str, Sequence[str]],  # file name -> tensor names in file order; each tensor in one file
     metadata: Mapping[str, str] | None = None,  # None: {"format": "pt"}, which transformers asks for
@@ -87,42 +105,75 @@ def write_checkpoint(
     Raises:
         FoldinError: E_SCHEMA for a tensor unlike its spec or a layout unlike the specs, E_DISK, or as `check_header`.
     """
-    _check_layout(folder, specs, layout)
-    fetch = _by_name(tensors) if callable(tensors) else _in_order(tensors, str(folder))
     text = {"format": "pt"} if metadata is None else metadata
     files: dict[str, str] = {}
     digests: dict[str, str] = {}
+    with _opening(folder, specs, layout) as opened:
+        for file, names in layout.items():
+            chosen, place = {name: specs[name] for name in names}, Place(str(folder), file)
+            files[file] = _write_file(opened(file), chosen, tensors, text, place, digests)
+    return Written(files, digests, combined_sha256(digests))
+
+
+@contextmanager
+def _opening(
+    folder: Path, specs: Mapping[str, TensorSpec], layout: Mapping[str, Sequence[str]]
+) -> Iterator[Callable[[str], BinaryIO]]:
+    """Opens files of a layout for writing; all get their names when the block ends well, the index last."""
+    _check_layout(folder, specs, layout)
     with ExitStack() as stack:
         if len(layout) > 1 or any(PART.fullmatch(file) for file in layout):  # entered first, so it is renamed last
             stack.enter_context(replacing(folder / INDEX)).write(_index(specs, layout))
-        for file, names in layout.items():
-            target = stack.enter_context(replacing(folder / file))
-            place = Place(str(folder), file)
-            chosen = {name: specs[name] for name in names}
-            files[file] = _write_file(target, chosen, fetch, text, place, digests)
-    return Written(files, digests, combined_sha256(digests))
+        yield lambda file: stack.enter_context(replacing(folder / file))
+
+
+def _write_pieces(
+    target: BinaryIO, specs: Mapping[str, TensorSpec], entries: Iterator[Entry], place: Place
+) -> str:  # specs: in file order
+    header = _header(specs, {"format": "pt"}, place)
+    whole = hashlib.sha256(header)
+    target.write(header)
+    for name, spec in specs.items():
+        missing, begun = _size(spec), False
+        while missing or not begun:
+            given, tensor = next(entries, Entry("no more tensors", torch.empty(0)))
+            raw, begun = raw_bytes(tensor), True
+            if given != name or tensor.dtype != DTYPES[spec.dtype] or len(raw) > missing:
+                at = Place(place.where, place.file, "give the tensors in the layout's order")
+                raise at.refuse("E_SCHEMA", "another tensor is due", name, given, name)
+            target.write(raw)
+            whole.update(raw)
+            missing -= len(raw)
+    return whole.hexdigest()
+
+
+def _check_end(entries: Iterator[Entry], place: Place) -> None:
+    """Nothing, when no tensor is left; asking also lets the source finish what it does after its last piece."""
+    extra = next(entries, None)
+    if extra is not None:
+        at = Place(place.where, place.file, "give the tensors in the layout's order")
+        raise at.refuse("E_SCHEMA", "there are more tensors than the layout has", tensor=extra.name)
 
 
 def _write_file(
     target: BinaryIO,
     specs: Mapping[str, TensorSpec],  # in file order
-    fetch: Callable[[str], Entry],
+    fetch: Callable[[str], Tensor],
     metadata: Mapping[str, str],
     place: Place,
-    digests: dict[str, str] | None,  # gets the tensors' digests; None: nobody needs them
+    digests: dict[str, str],  # gets the tensors' digests
 ) -> str:
     header = _header(specs, metadata, place)
     whole = hashlib.sha256(header)
     target.write(header)
 
     def put(name: str, spec: TensorSpec) -> None:  # a function, so that a tensor is dropped before the next is made
-        entry = fetch(name)
-        check_spec(entry.tensor, spec, place, name)
-        raw = raw_bytes(entry.tensor)
+        tensor = fetch(name)
+        check_spec(tensor, spec, place, name)
+        raw = raw_bytes(tensor)
         target.write(raw)
         whole.update(raw)
-        if digests is not None:
-            digests[name] = entry.sha256 or digest_of(spec, raw)
+        digests[name] = digest_of(spec, raw)
 
     for name, spec in specs.items():
         put(name, spec)
@@ -143,6 +194,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], place:
 
 
 def _index(specs: Mapping[str, TensorSpec], layout: Mapping[str, Sequence[str]]) -> bytes:
+    """The index of a checkpoint in several files, as transformers reads it."""
     total = sum(_size(spec) for spec in specs.values())
     weight_map = {name: file for file, names in layout.items() for name in names}
     return canonical_json({"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -166,24 +218,6 @@ def _check_layout(folder: Path, specs: Mapping[str, TensorSpec], layout: Mapping
         raise Place(str(folder), "", "correct the layout").refuse("E_SCHEMA", "the layout lacks a tensor", tensor=name)
 
 
-def _by_name(tensors: Callable[[str], Tensor]) -> Callable[[str], Entry]:
-    return lambda name: Entry(name, tensors(name))
-
-
-def _in_order(entries: Iterable[Entry], where: str) -> Callable[[str], Entry]:
-    """Take the tensors as they come, as long as they come in the order that is asked for."""
-    stream = iter(entries)
-
-    def fetch(name: str) -> Entry:
-        entry = next(stream, None)
-        if entry is None or entry.name != name:
-            given = entry.name if entry else "no more tensors"
-            place = Place(where, "", "give the tensors in the layout's order")
-            raise place.refuse("E_SCHEMA", "another tensor is due", name, given, name)
-        return entry
-
-    return fetch
-
-
 def _size(spec: TensorSpec) -> int:
+    """Bytes of a tensor's data."""
     return prod(spec.shape) * BYTES[spec.dtype]

@@ -38,7 +38,7 @@ def fold_arguments(root, number):
 
 def test_foldin_and_the_reference_make_the_same_model(tower, tmp_path):
     told = ours.fold(**fold_arguments(tower, 3))
-    assert told.keys() == {"reading_seconds", "folding_seconds", "writing_seconds", "exporting_seconds"}
+    assert told.keys() == {"fold_seconds", "materialise_seconds", "cast_loss"}
     merged = tower / "expert-1"
     for number in (2, 3):
         out = tmp_path / str(number)
@@ -56,12 +56,11 @@ def test_operations_are_charged_to_stages(tower):
     with Watch() as watch:
         torch.linalg.eigh(matrix.mT @ matrix)
         matrix @ torch.ones(4, 3, dtype=torch.float64)
-    assert watch.flops["gram"] == 2 * 8 * 4 * 4
     assert watch.flops["factorisation"] == pytest.approx(14 / 3 * 4**3)
-    assert watch.flops["products"] == 2 * 8 * 4 * 3
+    assert watch.flops["products_float64"] == 2 * 8 * 4 * 4 + 2 * 8 * 4 * 3
     assert classify("add", (matrix,)) == ("rest", 0.0)
     told = profile(fold_arguments(tower, 3), size=64)
-    assert told["gram_gflop"] > 0
+    assert told["products_float64_gflop"] > 0
     assert told["bound_seconds"] > 0
 
 
@@ -77,7 +76,7 @@ def test_a_side_may_be_a_program(tmp_path):
         run_side(Side("program", "benchmarks.harness:launch", bad), threads=1)
 
 
-@pytest.mark.parametrize("name", ["shapes", "reference", "ours", "stages"])
+@pytest.mark.parametrize("name", ["shapes", "reference", "stages"])
 def test_the_examples_in_the_modules_hold(name):
     result = doctest.testmod(importlib.import_module(f"benchmarks.{name}"))
     assert result.attempted > 0

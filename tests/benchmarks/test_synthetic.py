@@ -42,7 +42,7 @@ def test_transformers_loads_every_tensor(kind, shape, folder, request):
 
 @pytest.mark.parametrize(("kind", "shape"), [("tower", TINY_TOWER), ("language", TINY_DECODER)])
 def test_the_linear_weights_are_those_of_the_architecture(kind, shape, request):
-    from evaluation.models import linear_weights
+    from evaluation.architecture import linear_weights
 
     base = request.getfixturevalue(kind) / "base"
     assert linear_weights(base, list(Checkpoint.open(base))) == set(shape.linear)

@@ -336,7 +336,8 @@ def test_from_init_to_rollback_each_verb_ends_with_its_code_and_puts_only_data_o
     for path in (zoo / "expert-2").iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     weights = load_file(zoo / "expert-2/model.safetensors")
-    save_file({name: each for name, each in weights.items() if "pooler" not in name}, broken / "model.safetensors")
+    cut = {"pooler.dense.bias": weights["pooler.dense.bias"][1:].clone()}
+    save_file({**weights, **cut}, broken / "model.safetensors")
     verb("add", broken, "--line", "tiny", "--task", "task-2")
     code, out, said = verb("watch", "tiny", "--json")
     assert (code, [each["state"] for each in json.loads(out)]) == (1, ["quarantined"])

@@ -376,7 +376,7 @@ def test_a_ledger_that_does_not_know_the_model_moves_nothing(at, zoo):
 
 
 def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_is(at, zoo, monkeypatch):
-    from flows import merge, plan
+    from flows import merge, passes, plan
 
     look(at)
     register(at, zoo / "expert-1", "task-1")
@@ -387,7 +387,8 @@ def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_
         look(at)
     monkeypatch.undo()
     other = {**plan.numerics_profile("cpu"), "threads": "999"}
-    monkeypatch.setattr(plan, "numerics_profile", lambda device: other)
+    for module in (plan, passes):
+        monkeypatch.setattr(module, "numerics_profile", lambda device: other)
     shutil.rmtree(at.work("tiny"))
     assert [(each["state"], each["version"]) for each in look(at)] == [("folded", 2)]
     assert merge.open_version(at, "tiny", 2).memory.profile["threads"] != "999"

@@ -85,7 +85,7 @@ def run(golden: Golden, method: Method) -> list[Step]:
         stats = advance(stats, measures)
         mean_norm = stats.norm_sum / stats.count
         emulated = emulated * (mean_norm / stats.total_norm)
-        merged = {name: read_tensor(method, golden.base[name], states[name], stats).tensor for name in states}
+        merged = {name: read_tensor(method, golden.base[name], states[name], stats)[0] for name in states}
         merged[EMULATED] = golden.base[EMULATED].double() + emulated
         steps.append(Step(merged, stats.total_norm / mean_norm, mean_norm, stats.total_norm))
     return steps

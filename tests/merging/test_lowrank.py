@@ -73,7 +73,7 @@ def test_a_total_of_factors_reads_as_its_matrix():
     method, base = build("average", {}), torch.ones(40, 24)
     total, _ = fold_factors(method, None, adapter((40, 24), 4, 0), Role())
     read = read_tensor(method, base, {"total": dense(total)}, Stats(1.0, 1.0, 1.0))
-    assert torch.allclose(read.tensor, base + dense(adapter((40, 24), 4, 0)), atol=1e-5)
+    assert torch.allclose(read[0], base + dense(adapter((40, 24), 4, 0)), atol=1e-5)
 
 
 def test_an_adapter_that_is_not_finite_is_refused():

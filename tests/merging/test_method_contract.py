@@ -50,7 +50,7 @@ def stream(method: str, base, experts, save_state: bool = False):
         if save_state:
             states = {name: load(save(state)) for name, state in states.items()}
         states = {name: state for name, state in states.items() if not is_trivial(state)}
-    return {name: read_tensor(rule, base[name], states.get(name), stats).tensor for name in base}
+    return {name: read_tensor(rule, base[name], states.get(name), stats)[0] for name in base}
 
 
 def same_bytes(left, right) -> bool:

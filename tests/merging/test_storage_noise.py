@@ -58,7 +58,7 @@ def test_the_in_memory_merge_knows_the_coarsest_expert(plan):
         states, found = fold_tensor(rule, base, states, expert["w"], role)
         stats = advance(stats, [found])
     merged = merge({"w": base}, experts, projected=["w"])["w"]
-    assert torch.equal(merged, read_tensor(rule, base, states, stats).tensor)
+    assert torch.equal(merged, read_tensor(rule, base, states, stats)[0])
     finer, _ = fold_tensor(rule, base, None, experts[0]["w"], Role(projected=True))
     finer, _ = fold_tensor(rule, base, finer, experts[1]["w"], role_of(base, True, 1))
     assert not torch.allclose(finer["total"], states["total"], atol=1e-4)

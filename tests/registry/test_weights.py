@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from registry.records import FoldinError, TensorSpec
 from registry.weights import DTYPES, Checkpoint, combined_sha256, content_sha256, spec_of, tensor_sha256
-from registry.writer import Entry, plan_layout, write_checkpoint
+from registry.writer import plan_layout, write_checkpoint
 
 
 def sample(seed=0):
@@ -154,19 +154,6 @@ def test_a_file_that_vanishes_or_changes_after_opening_is_named(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FoldinError, match=r"E_FORMAT base, file model.safetensors, tensor x"):
         checkpoint["x"]
-
-
-def test_tensors_may_also_come_as_a_stream(tmp_path):
-    tensors = sample()
-    specs = specs_of(tensors)
-    layout = plan_layout(specs, max_bytes=100)
-    order = [name for names in layout.values() for name in names]
-    streamed = write_checkpoint(tmp_path, specs, (Entry(name, tensors[name]) for name in order), layout=layout)
-    assert streamed == write(tmp_path / "called", tensors, layout)
-    with pytest.raises(FoldinError, match="another tensor is due"):
-        write_checkpoint(tmp_path, specs, (Entry(name, tensors[name]) for name in reversed(order)), layout=layout)
-    with pytest.raises(FoldinError, match="no more tensors"):
-        write_checkpoint(tmp_path, specs, iter(()), layout=layout)
 
 
 def test_planned_shards_hold_everything_once_and_stay_within_their_size():
