@@ -16,8 +16,8 @@ AXES = {"experts": "number of the expert that is folded", "sizes": "parameters, 
 def draw(facts: Mapping[str, Any], file: Path) -> None:
     """Draw one column for each part that was measured: seconds above, memory below.
 
-    Against the model's size both axes are logarithmic; against the number of experts the vertical axes start at 0, so
-    that what is flat looks flat.
+    Time against the model's size has two logarithmic axes; all other vertical axes start at 0, so that what is flat
+    looks flat.
     """
     import matplotlib
 
@@ -43,12 +43,15 @@ def _panel(axis: Any, found: Mapping[str, Mapping[str, Mapping[str, float]]], pa
         colour, marker = STYLES[method]
         across, up = [int(at) / scale for at in points], [point[key] for point in points.values()]
         axis.plot(across, up, color=colour, marker=marker, label=method)
-    if part == "sizes":
-        axis.set(xscale="log", yscale="log")
+    ticks = sorted({int(at) / scale for points in found.values() for at in points})
+    axis.set(
+        xscale="log", xticks=ticks, xticklabels=[f"{tick:.3g}" if tick < 1000 else f"{tick:.0f}" for tick in ticks]
+    )
+    axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    if part == "sizes" and key == "seconds":
+        axis.set_yscale("log")
     else:
-        ticks = sorted({int(at) for points in found.values() for at in points})
-        axis.set(xscale="log", xticks=ticks, xticklabels=ticks, ylim=(0, None))
-        axis.minorticks_off()
+        axis.set_ylim(0, 1.1 * max(point[key] for points in found.values() for point in points.values()))
     axis.set_xlabel(AXES[part])
     axis.set_ylabel(LABELS[key])
     axis.grid(visible=True, which="major", alpha=0.3)

@@ -5,8 +5,8 @@
     python -m benchmarks.parallel --quick --json    half a minute: whether it works
 
 The third expert is folded into a total of two, from disk to disk with the serving checkpoint. The state and the serving
-weights of every run must be those of every other run, byte for byte; else the exit status is 1. The cluster is started
-before and not measured, but what Prefect does to start a flow is.
+weights of every run must be those of every other run, byte for byte; else the exit status is 1. The cluster and
+Prefect's server are started before and not measured; what a flow run costs is.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from typing import Any
 from benchmarks.harness import Run, Side, SideError, compare, ratios, summary
 from benchmarks.step import EXPERTS, Bench, prepared
 from benchmarks.telling import document, options, tell, workplace
+from flows.config import Config, RegistryConfig
+from flows.serve import temporary_prefect
+from flows.wiring import prepare_environment
 from registry.files import sha256_file
 
 Written = list[dict[str, str]]  # per run: file -> digest
@@ -63,18 +66,19 @@ def counts(cores: int) -> list[int]:
 
 
 @contextmanager
-def local_cluster(workers: int, home: Path) -> Iterator[str]:
-    """The address of a Dask scheduler on this machine, with so many processes of one thread."""
+def cluster(chosen: argparse.Namespace, place: Path) -> Iterator[str | None]:
+    """The address of a Dask scheduler on this machine, with one process for each worker; None where none is wanted."""
+    if not chosen.dask:
+        yield None
+        return
     from distributed import LocalCluster
 
-    os.environ.setdefault("PREFECT_HOME", str(home))  # of the processes too: no database of the user's is touched
-    with LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as found:  # type: ignore[no-untyped-call]
-        yield str(found.scheduler_address)
-
-
-def cluster(chosen: argparse.Namespace, place: Path) -> Any:  # noqa: ANN401
-    """A context with the address of a cluster, or with None."""
-    return local_cluster(max(chosen.workers), place / "prefect") if chosen.dask else nullcontext(None)
+    config = Config(place, RegistryConfig(), {})
+    prepare_environment(config)
+    with temporary_prefect(config):  # named in the environment, for the processes too
+        workers = {"n_workers": max(chosen.workers), "threads_per_worker": 1, "dashboard_address": None}
+        with LocalCluster(**workers) as found:  # type: ignore[no-untyped-call]
+            yield str(found.scheduler_address)
 
 
 def measured(chosen: argparse.Namespace, place: Path, address: str | None) -> dict[str, Any]:

@@ -70,29 +70,27 @@ def measured(chosen: argparse.Namespace, place: Path) -> dict[str, Any]:
     runs: Runs = {}
     found: dict[str, object] = {}
     sections: dict[str, dict[str, Any]] = {part: {} for part in chosen.parts}
-    for method in chosen.methods:
-        if "experts" in chosen.parts:
-            shape = shapes[0 if chosen.quick else 2]
+    if "experts" in chosen.parts:
+        shape = shapes[0 if chosen.quick else 2]
+        for method in chosen.methods:
             some = by_experts(chosen, place, shape, method)
             found |= ratios(some, called(method, shape, 2))
-            sections["experts"][method] = {str(number): point(each) for number, each in zip_numbers(some, chosen)}
+            points = zip(numbers(chosen), some.values(), strict=True)
+            sections["experts"][method] = {str(number): point(each) for number, each in points}
             runs |= some
-        if "sizes" in chosen.parts:
-            some = by_sizes(chosen, place, shapes[: chosen.sizes], method)
-            names = (str(shape.parameters) for shape in shapes)
-            sections["sizes"][method] = {name: point(each) for name, each in zip(names, some.values(), strict=False)}
-            runs |= {name: each for name, each in some.items() if name not in runs}
+    if "sizes" in chosen.parts:
+        for shape in shapes[: chosen.sizes]:
+            for method in chosen.methods:
+                some = second_fold(chosen, place, shape, method)
+                name = called(method, shape, 2)
+                sections["sizes"].setdefault(method, {})[str(shape.parameters)] = point(some[name])
+                runs[f"{name}, by size" if name in runs else name] = some[name]
     return document("scaling", chosen, {name: summary(each) for name, each in runs.items()}, found, **sections)
 
 
 def numbers(chosen: argparse.Namespace) -> tuple[int, ...]:
     """Of the experts whose folds are measured."""
     return NUMBERS[:2] if chosen.quick else NUMBERS
-
-
-def zip_numbers(runs: Runs, chosen: argparse.Namespace) -> list[tuple[int, list[Run]]]:
-    """Number of the expert and the runs of its fold."""
-    return list(zip(numbers(chosen), runs.values(), strict=True))
 
 
 def point(runs: Sequence[Run]) -> dict[str, float]:
@@ -110,7 +108,7 @@ def by_experts(chosen: argparse.Namespace, place: Path, shape: Architecture, met
     """The folds of some experts of one line, each into the state of all before it."""
     models = made(chosen, place, shape)
     wanted = numbers(chosen)
-    last: int = 0
+    last = 0
     for number in (number - 1 for number in wanted if number > 1):
         run_side(folding(models, shape, method, last, number, serve=False), chosen.threads)
         last = number
@@ -120,14 +118,12 @@ def by_experts(chosen: argparse.Namespace, place: Path, shape: Architecture, met
     return runs
 
 
-def by_sizes(chosen: argparse.Namespace, place: Path, shapes: Sequence[Architecture], method: str) -> Runs:
-    """The fold of the second expert into models of several sizes."""
-    runs: Runs = {}
-    for shape in shapes:
-        models = made(chosen, place, shape)
-        run_side(folding(models, shape, method, 0, 1, serve=False), chosen.threads)
-        runs |= compare([folding(models, shape, method, 1, 2)], chosen.repeats, chosen.threads)
-        removed(models, method, chosen)
+def second_fold(chosen: argparse.Namespace, place: Path, shape: Architecture, method: str) -> Runs:
+    """The fold of the second expert into a model of some size."""
+    models = made(chosen, place, shape)
+    run_side(folding(models, shape, method, 0, 1, serve=False), chosen.threads)
+    runs = compare([folding(models, shape, method, 1, 2)], chosen.repeats, chosen.threads)
+    removed(models, method, chosen)
     return runs
 
 
