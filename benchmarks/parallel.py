@@ -94,11 +94,12 @@ def measured(chosen: argparse.Namespace, place: Path, address: str | None) -> di
     runs = compare(sides, chosen.repeats, chosen.threads)
     for side in sides:
         side.before()
-    files = {file for each in written for file in each}
-    alike = {file for file in files if len({each.get(file) for each in written}) == 1}
-    found = {"identical": alike == files, "runs": len(written), "files": len(files), "differing": sorted(files - alike)}
     return document(
-        "parallel", chosen, {name: summary(each) for name, each in runs.items()}, speed_up(runs, sides), bytes=found
+        "parallel",
+        chosen,
+        {name: summary(each) for name, each in runs.items()},
+        speed_up(runs, sides),
+        bytes=alike(written),
     )
 
 
@@ -113,6 +114,22 @@ def folding(bench: Bench, name: str, workers: dict[str, Any], written: Written) 
             shutil.rmtree(out)
 
     return Side(name, side.target, {**side.arguments, **workers, "out": str(out)}, put_away)
+
+
+def alike(written: Written) -> dict[str, Any]:
+    """Whether all runs wrote the same files with the same bytes, and which they did not.
+
+    >>> alike([{"a": "1", "b": "2"}, {"a": "1"}])
+    {'identical': False, 'runs': 2, 'files': 2, 'differing': ['b']}
+    """
+    files = sorted({file for each in written for file in each})
+    differing = [file for file in files if len({each.get(file) for each in written}) > 1]
+    return {
+        "identical": bool(files) and not differing,
+        "runs": len(written),
+        "files": len(files),
+        "differing": differing,
+    }
 
 
 def speed_up(runs: dict[str, list[Run]], sides: Sequence[Side]) -> dict[str, object]:
