@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from flows.fitting import Fitted
-from flows.passes import fold_state, materialise, stats_after
+from flows.passes import fold_once, fold_state, materialise, stats_after
 from flows.plan import Kinds, Plan, make_plan
 from flows.pool import devices_of
 from registry.adapters import Adapter
@@ -32,7 +32,7 @@ def fold(
     serve: bool = True,  # whether the second pass runs too
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Fold experts in one pass and write the next version: seconds of each pass, and what the casts lost.
+    """Fold experts together and write the next version: seconds of each pass where there are two, what the casts lost.
 
     Both passes include the digests and waiting until the bytes are on disk.
     """
@@ -40,12 +40,17 @@ def fold(
     start, folder = time.perf_counter(), Path(out)
     plan = _plan(base, parent, [expert] if isinstance(expert, str) else expert, projected, method, device)
     devices = devices_of(device, workers)
-    measures = fold_state(folder / STATE, folder / RECORDS, plan, devices)
-    stats, folded = stats_after(plan, measures), time.perf_counter()
-    told = {"fold_seconds": folded - start}
+    if serve and plan.one_pass:
+        measures, made = fold_once(folder / STATE, folder / RECORDS, folder, plan, devices)
+        stats, told = stats_after(plan, measures), {"cast_loss": made.cast_loss}
+    else:
+        measures = fold_state(folder / STATE, folder / RECORDS, plan, devices)
+        stats, folded = stats_after(plan, measures), time.perf_counter()
+        told = {"fold_seconds": folded - start}
+        if serve:
+            made = materialise(folder, Checkpoint.open(folder / STATE), plan, stats, devices)
+            told |= {"materialise_seconds": time.perf_counter() - folded, "cast_loss": made.cast_loss}
     if serve:
-        made = materialise(folder, Checkpoint.open(folder / STATE), plan, stats, devices)
-        told |= {"materialise_seconds": time.perf_counter() - folded, "cast_loss": made.cast_loss}
         shutil.copyfile(Path(base) / "config.json", folder / "config.json")
     write_json(folder / FACTS, {"stats": list(stats), "stored": dict(plan.stored[-1])})
     return told
