@@ -47,8 +47,8 @@ class Method(NamedTuple):
     fold: Callable[[State, Tensor, Role], State]  # state, expert - base in float32, role -> next state
     read: Callable[[State, Stats], Tensor]  # state, stats after the fold -> what to add to the base, float32
     entrywise: bool = False  # `read` too works entry by entry
-    # The only slot is "total", and `fold` adds delta to it, for projected matrices less a part that turns with the basis:
-    # fold(U A V, U D V) == U fold(A, D) V for orthonormal U and V, so that low ranks can be folded by their factors.
+    # The only slot is "total", and `fold` adds delta to it, for projected matrices less a part that turns with the
+    # basis: fold(U A V, U D V) == U fold(A, D) V for orthonormal U and V. So low ranks can be folded by their factors.
     additive: bool = False
     # Every tensor is folded entry by entry, whatever its role, and `read` looks at no statistic but the count, so that
     # state and serving weights can be made in one pass.
