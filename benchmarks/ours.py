@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from flows.fitting import Fitted
-from flows.passes import fold_state, materialise, stats_after
+from flows.passes import fold_once, fold_state, materialise, stats_after
 from flows.plan import Kinds, Plan, make_plan, state_in
 from flows.pool import devices_of
 from merging import Stats, build
@@ -38,7 +38,7 @@ def fold(
     moved: list[str] | None = None,  # names that the experts moved; None: all that each of them holds
     cluster: str | None = None,  # address of a Dask scheduler whose workers make the parts of the state
 ) -> dict[str, float]:
-    """Fold experts in one pass and write the next version: seconds of each pass, and what the casts lost.
+    """Fold experts together and write the next version: seconds of each pass where there are two, what the casts lost.
 
     Both passes include the digests and waiting until the bytes are on disk.
     """
@@ -50,12 +50,17 @@ def fold(
         from flows.cluster import fold_on_cluster
 
         fold_on_cluster(cluster, folder / STATE, folder / RECORDS, plan, device)
-    measures = fold_state(folder / STATE, folder / RECORDS, plan, devices)
-    stats, folded = stats_after(plan, measures), time.perf_counter()
-    told = {"fold_seconds": folded - start}
+    if serve and plan.one_pass and not cluster:
+        measures, made = fold_once(folder / STATE, folder / RECORDS, folder, plan, devices)
+        stats, told = stats_after(plan, measures), {"cast_loss": made.cast_loss}
+    else:
+        measures = fold_state(folder / STATE, folder / RECORDS, plan, devices)
+        stats, folded = stats_after(plan, measures), time.perf_counter()
+        told = {"fold_seconds": folded - start}
+        if serve:
+            made = materialise(folder, Checkpoint.open(folder / STATE), plan, stats, devices)
+            told |= {"materialise_seconds": time.perf_counter() - folded, "cast_loss": made.cast_loss}
     if serve:
-        made = materialise(folder, Checkpoint.open(folder / STATE), plan, stats, devices)
-        told |= {"materialise_seconds": time.perf_counter() - folded, "cast_loss": made.cast_loss}
         shutil.copyfile(Path(base) / "config.json", folder / "config.json")
     write_json(folder / FACTS, {"stats": list(stats), "stored": dict(plan.stored[-1])})
     return told

@@ -1,10 +1,10 @@
-"""Other tools on the same checkpoints: mergekit's batch merges of two experts beside foldin's two folds.
+"""Other tools on the same checkpoints: mergekit's batch merges of two experts beside foldin's fold of both in one pass.
 
     python -m benchmarks.peers --peers .venv-peers        `make bench-peers` makes that environment first
 
 Each side is a program, started as its users start it: time includes its imports, memory is that of its largest
-process. The tools do not do the same: mergekit makes one merged checkpoint from all experts at once, foldin folds one
-expert after the other and writes a float32 state and a checkpoint each time, with digests, waiting for the disk.
+process. Both make one merged checkpoint from two experts; foldin writes a float32 state beside it, from which the next
+expert can be folded, and digests of everything, and waits until the bytes are on disk.
 mergekit is run as it is published, nothing of it is used here.
 """
 
@@ -57,7 +57,7 @@ def measured(chosen: argparse.Namespace, place: Path) -> dict[str, Any]:
         runs = compare(sides, chosen.repeats, chosen.threads)
         found |= runs
         times |= ratios(runs, sides[0].name)
-        agreement[f"{method} and {peer}"] = distance(models, f"foldin-{method}/2", f"mergekit-{peer}")
+        agreement[f"{method} and {peer}"] = distance(models, f"foldin-{method}", f"mergekit-{peer}")
         for side in sides:
             side.before()  # removes what it wrote: up to 13 GB
     imports = compare(importing(chosen.peers), 1, chosen.threads)
@@ -80,7 +80,7 @@ def distance(models: Path, left: str, right: str) -> float:
 
 
 def ours(models: Path, method: str) -> Side:
-    """foldin: two folds."""
+    """foldin: both experts in one pass."""
     out = models / f"foldin-{method}"
     experts = [str(models / f"expert-{number}") for number in (1, 2)]
     arguments = [str(models / "base"), *experts, "--out", str(out), "--method", method]

@@ -36,7 +36,7 @@ def write_base(folder: Path, shape: Architecture, seed: int, shard: int = SHARD)
 def write_expert(folder: Path, base: Path, shape: Architecture, seed: int, number: int, shard: int = SHARD) -> Path:
     """A full fine-tuning: every tensor moved by 1 to 3 % of its norm, over all directions, a few of them strongly."""
     weights = Checkpoint.open(base)
-    return _write(folder, shape, lambda name: _moved(weights[name].float(), _generator(seed, number, name)), shard)
+    return _write(folder, shape, lambda name: moved(weights[name].float(), _generator(seed, number, name)), shard)
 
 
 def write_adapter(folder: Path, shape: Architecture, seed: int, number: int, base: str = "base") -> Path:
@@ -100,7 +100,7 @@ def _base(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return noise + 1 if len(shape) == 1 and "norm" in name and name.endswith("weight") else noise
 
 
-def _moved(base: Tensor, generator: torch.Generator) -> Tensor:
+def moved(base: Tensor, generator: torch.Generator) -> Tensor:
     """base + delta with ||delta|| = 1 to 3 % of ||base||; delta is a decaying spectrum plus noise, of full rank."""
     share = 0.01 + 0.02 * float(torch.rand(1, generator=generator))
     delta = torch.randn(base.shape, generator=generator)

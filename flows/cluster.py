@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @task(name="fold part", task_run_name="{part.file}", cache_policy=NO_CACHE, persist_result=False, retries=1)
 def fold_part_task(folder: Path, records: Path, plan: Plan, part: "Part", device: str) -> list[Measures]:
     """One part; repeated, it finds what was finished."""
-    return fold_part(folder, records, plan, part, device)
+    return fold_part(folder, records, plan, part, device).measures
 
 
 def fold_on_cluster(scheduler: str, folder: Path, records: Path, plan: Plan, device: str) -> None:

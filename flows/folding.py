@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flows.admission import Admitted
 from flows.config import LineConfig
-from flows.passes import Serving, fold_state, materialise, stats_after
+from flows.passes import Measures, Serving, fold_once, fold_state, materialise, stats_after
 from flows.plan import Plan, plan_for
 from flows.pool import devices_of
 from flows.versions import HEADS, STATE_FILE, STATE_FOLDER, Folded, Memory, Version
@@ -42,7 +42,6 @@ def fold(
 ) -> Candidate:
     """The candidate in `scratch`, made or found finished; the same inputs and numerics profile give the same bytes."""
     from merging.measure import summarise
-    from registry.weights import Checkpoint
 
     folder = scratch / "candidate"
     overlap = _finished(scratch)
@@ -54,16 +53,9 @@ def fold(
             from flows.cluster import fold_on_cluster
 
             fold_on_cluster(cluster, folder / STATE_FOLDER, scratch / "parts", plan, settings.device)
-        total = len(plan.names) + len(plan.base)
-        measures = fold_state(
-            folder / STATE_FOLDER, scratch / "parts", plan, devices, lambda done, _: progress(done, total)
-        )
-        stats = stats_after(plan, measures)
-        slots = Checkpoint.open(folder / STATE_FOLDER, "state of the candidate") if plan.names else None
         sweep(folder)
-        serving = materialise(
-            folder, slots, plan, stats, devices, lambda done, _: progress(len(plan.names) + done, total)
-        )
+        measures, serving = _passes(folder, scratch / "parts", plan, devices, progress)
+        stats = stats_after(plan, measures)
         _copy_companions(base.folder, parent.folder, folder)
         for expert in experts:
             _write_head(folder, expert)
@@ -71,6 +63,22 @@ def fold(
         overlap = summarise(measures[-1])
         write_json(scratch / DONE_FILE, {"files": hash_tree(folder), "overlap": overlap})
     return Candidate(folder, Memory.read(folder), overlap)
+
+
+def _passes(
+    folder: Path, records: Path, plan: Plan, devices: tuple[str, ...], progress: Progress
+) -> tuple[list[Measures], Serving]:
+    """State and serving weights, in one pass where the method allows it."""
+    from registry.weights import Checkpoint
+
+    state = folder / STATE_FOLDER
+    if plan.one_pass:
+        return fold_once(state, records, folder, plan, devices, progress)
+    first, total = len(plan.names), len(plan.names) + len(plan.base)
+    measures = fold_state(state, records, plan, devices, lambda done, _: progress(done, total))
+    slots = Checkpoint.open(state, "state of the candidate") if plan.names else None
+    stats = stats_after(plan, measures)
+    return measures, materialise(folder, slots, plan, stats, devices, lambda done, _: progress(first + done, total))
 
 
 def _memory(

@@ -5,6 +5,7 @@ the model; what is computed entry by entry never lies in memory whole. The state
 part that is there with its record is not made again.
 """
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,16 +60,51 @@ def fold_state(
     Raises:
         FoldinError: E_FOLD naming a tensor that cannot be folded; E_DISK, or as `Checkpoint` where a file is damaged.
     """
-    from registry.writer import write_index
-
     parts, done, measures = state_parts(plan), 0, list[list[Measures]]()
     sweep(folder)
     with pool(devices) as run:
         found = run(_part_job(folder, records, plan, part) for part in parts)
-        for part, each in zip(parts, cast("Iterator[list[Measures]]", found), strict=True):
-            measures.append(each)
+        for part, each in zip(parts, cast("Iterator[_Folded]", found), strict=True):
+            measures.append(each.measures)
             done += len(part.names)
             progress(done, len(plan.names))
+    return _finish(folder, plan, parts, measures)
+
+
+def fold_once(
+    state: Path,  # gets the state's files
+    records: Path,  # folder for what is known of finished parts
+    folder: Path,  # gets the serving checkpoint
+    plan: Plan,  # whose method allows it: `Plan.one_pass`
+    devices: tuple[str, ...],
+    progress: Progress = lambda done, total: None,
+) -> tuple[list[Measures], Serving]:
+    """Both passes in one, where the serving weights depend on no sum over the whole model. Raises like the two."""
+    from merging import Stats
+
+    parts, measures, ready = state_parts(plan), list[list[Measures]](), dict[str, _Read]()
+    # Whatever looked at the norms, which are not known yet, would become NaN and be refused.
+    stats = Stats(plan.stats[0] + len(plan.experts), math.nan, math.nan)
+    sweep(state)
+
+    def reads() -> "Iterator[_Read]":
+        for name in (name for names in plan.base.layout.values() for name in names):
+            if name in plan.names_set and name not in ready:
+                folded = cast("_Folded", next(results))
+                measures.append(folded.measures)
+                ready.update({read.name: read for read in folded.reads})
+            yield ready.pop(name) if name in plan.names_set else _read(plan, None, stats, name, devices[0])
+
+    with pool(devices) as run:
+        results = run(_part_job(state, records, plan, part, stats) for part in parts)
+        serving = _serve(folder, plan, reads(), progress)
+    return _finish(state, plan, parts, measures), serving
+
+
+def _finish(folder: Path, plan: Plan, parts: "list[Part]", measures: "list[list[Measures]]") -> list[Measures]:
+    """Write the state's index, last; what each expert did over all parts."""
+    from registry.writer import write_index
+
     if len(parts) > 1:
         layout = {part.file: [key for name in part.names for key in plan.slot_specs(name)] for part in parts}
         specs = {key: spec for part in parts for key, spec in _specs(plan, part).items()}
@@ -110,6 +146,14 @@ def materialise(
     Raises:
         FoldinError: E_FOLD where a merged tensor overflows its dtype; E_DISK, or as `Checkpoint`.
     """
+    names = [name for names in plan.base.layout.values() for name in names]
+    with pool(devices) as run:
+        found = run(_read_job(plan, slots, stats, name) for name in names)
+        return _serve(folder, plan, cast("Iterator[_Read]", found), progress)
+
+
+def _serve(folder: Path, plan: Plan, found: "Iterator[_Read]", progress: Progress) -> Serving:
+    """Write the serving checkpoint from its tensors, which come in the order of the base's files."""
     from merging.measure import quadrature
     from registry.weights import combined_sha256
     from registry.writer import Entry, write_stream
@@ -117,15 +161,12 @@ def materialise(
     reads: list[_Read] = []
 
     def entries() -> "Iterator[Entry]":
-        for read in cast("Iterator[_Read]", found):
+        for read in found:
             yield from (Entry(read.name, piece) for piece in read.pieces)
             reads.append(read._replace(pieces=[]))
             progress(len(reads), len(plan.base))
 
-    with pool(devices) as run:
-        names = [name for names in plan.base.layout.values() for name in names]
-        found = run(_read_job(plan, slots, stats, name) for name in names)
-        write_stream(folder, plan.base.specs, entries(), layout=plan.base.layout)
+    write_stream(folder, plan.base.specs, entries(), layout=plan.base.layout)
     moved, lost = quadrature(read.moved for read in reads), quadrature(read.lost for read in reads)
     return Serving(combined_sha256({read.name: read.sha256 for read in reads}), lost / moved if moved else 0.0)
 
@@ -133,7 +174,14 @@ def materialise(
 # the first pass, one part
 
 
-def _part_job(folder: Path, records: Path, plan: Plan, part: Part) -> Job:
+class _Folded(NamedTuple):
+    """What came of one part."""
+
+    measures: "list[Measures]"  # per expert
+    reads: "list[_Read]"  # its serving tensors, where they were asked for
+
+
+def _part_job(folder: Path, records: Path, plan: Plan, part: Part, stats: "Stats | None" = None) -> Job:
     def expect() -> None:
         for name in part.names:
             plan.base.expect(name)
@@ -144,7 +192,9 @@ def _part_job(folder: Path, records: Path, plan: Plan, part: Part) -> Job:
                 plan.slots.expect(f"{name}:total")
 
     need = max(prod(plan.base.stored[name].spec.shape) * _bytes_per_entry(plan, name) for name in part.names)
-    return Job(lambda device: fold_part(folder, records, plan, part, device), need, expect)
+    if stats is not None:
+        need += sum(plan.base.stored[name].end - plan.base.stored[name].begin for name in part.names)
+    return Job(lambda device: fold_part(folder, records, plan, part, device, stats), need, expect)
 
 
 def _bytes_per_entry(plan: Plan, name: str) -> int:
@@ -152,21 +202,28 @@ def _bytes_per_entry(plan: Plan, name: str) -> int:
     return 8 + 4 + (16 if name in plan.kinds.projected and not plan.is_factored(name) else 0)
 
 
-def fold_part(folder: Path, records: Path, plan: Plan, part: Part, device: str) -> "list[Measures]":
-    """One part, on any worker that sees the same folders; what each expert did to its tensors.
+def fold_part(
+    folder: Path, records: Path, plan: Plan, part: Part, device: str, stats: "Stats | None" = None
+) -> _Folded:
+    """One part, on any worker that sees the same folders: what each expert did, and its serving tensors given `stats`.
 
     Repeating it is harmless: a part that was finished is found again.
     """
+    from registry.weights import Checkpoint
     from registry.writer import write_part
 
-    found = _recorded(folder, records, part, plan)
-    if found is not None:
-        return found
-    _check_profile(plan, device)
-    measures: list[Measures] = [{} for _ in plan.experts]
-    sha256 = write_part(folder / part.file, _specs(plan, part), _entries(plan, part, device, measures))
-    write_json(_record(records, part), {"sha256": sha256, "profile": dict(plan.profile), "measures": measures})
-    return measures
+    measures, reads = _recorded(folder, records, part, plan), dict[str, _Read]()
+    if measures is None:
+        _check_profile(plan, device)
+        measures = [{} for _ in plan.experts]
+        entries = _entries(plan, part, device, measures, stats, reads)
+        sha256 = write_part(folder / part.file, _specs(plan, part), entries)
+        write_json(_record(records, part), {"sha256": sha256, "profile": dict(plan.profile), "measures": measures})
+    if stats is None:
+        return _Folded(measures, [])
+    slots = Checkpoint.open_file(folder / part.file, "state of the candidate")
+    found = [reads.get(name) or _read(plan, slots, stats, name, device) for name in part.names]
+    return _Folded(measures, found)
 
 
 def _specs(plan: Plan, part: Part) -> dict[str, TensorSpec]:
@@ -190,23 +247,32 @@ def _record(records: Path, part: Part) -> Path:
     return records / f"{part.file}.json"
 
 
-def _entries(plan: Plan, part: Part, device: str, measures: "list[Measures]") -> "Iterator[Entry]":
-    """The slots of a part's tensors in the order of its file; `measures` gets what each expert did."""
+def _entries(
+    plan: Plan,
+    part: Part,
+    device: str,
+    measures: "list[Measures]",  # gets what each expert did
+    stats: "Stats | None",
+    reads: "dict[str, _Read]",  # gets the serving tensors that could be made on the way
+) -> "Iterator[Entry]":
+    """The slots of a part's tensors in the order of its file."""
     for name in part.names:
         with _blamed(name):
-            fold = _fold_pieces if _is_plain(plan, name) else _fold_whole
-            found = yield from fold(plan, name, device)
+            if plan.is_plain(name):
+                reader = None if stats is None else _Reader(plan, name, stats)
+                found = yield from _fold_pieces(plan, name, device, reader)
+                if reader:
+                    reads[name] = reader.read()
+            else:
+                found = yield from _fold_whole(plan, name, device)
         for each, one in zip(measures, found, strict=True):
             each[name] = one
 
 
-def _is_plain(plan: Plan, name: str) -> bool:
-    """Whether a tensor is folded entry by entry into a single slot, so that it can be written as it is made."""
-    return name not in plan.kinds.projected and name not in plan.ranks and len(plan.slot_specs(name)) == 1
-
-
-def _fold_pieces(plan: Plan, name: str, device: str) -> "Generator[Entry, None, list[Measure]]":
-    """One tensor through all experts of a plan, piece by piece."""
+def _fold_pieces(
+    plan: Plan, name: str, device: str, reader: "_Reader | None"
+) -> "Generator[Entry, None, list[Measure]]":
+    """One tensor through all experts of a plan, piece by piece; the reader makes the serving tensor of them."""
     from merging.fold import fold_pieces
     from merging.measure import Measure
     from registry.writer import Entry
@@ -216,13 +282,47 @@ def _fold_pieces(plan: Plan, name: str, device: str) -> "Generator[Entry, None, 
     late = next(at for at, expert in enumerate(plan.experts) if name in expert.moved) if state is None else 0
     experts = [plan.tensor(expert, name).to(device) if name in expert.moved else base for expert in plan.experts[late:]]
     pieces = fold_pieces(plan.method_for(name), base, cast("State | None", state), experts)
-    measures = [Measure(0.0, 0.0, 0.0, 0.0)] * late
+    measures, flat, at = [Measure(0.0, 0.0, 0.0, 0.0)] * late, base.reshape(-1), 0
     while True:
         try:
             piece = next(pieces)
         except StopIteration as end:
             return measures + cast("list[Measure]", end.value)
         yield Entry(f"{name}:total", piece["total"])
+        if reader:
+            reader.take(flat[at : at + len(piece["total"])], piece)
+            at += len(piece["total"])
+
+
+class _Reader:
+    """Makes a serving tensor out of the pieces of its state, while they are at hand."""
+
+    def __init__(self, plan: Plan, name: str, stats: "Stats") -> None:
+        from registry.weights import start_digest
+
+        self._plan, self._name, self._stats = plan, name, stats
+        self._digest = start_digest(plan.base.stored[name].spec)
+        self._pieces: list[Tensor] = []
+        self._sums: Tensor | None = None
+
+    def take(self, base: "Tensor", state: "State") -> None:
+        """The next piece: of the base, (n,), and of the slots."""
+        from merging.fold import merged_piece
+        from registry.weights import raw_bytes
+
+        merged, sums = merged_piece(base, self._plan.method_for(self._name).read(state, self._stats))
+        self._digest.update(raw_bytes(merged))
+        self._pieces.append(merged.cpu())
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def read(self) -> "_Read":
+        """The whole tensor."""
+        from merging.fold import reading_of
+
+        assert self._sums is not None, "every tensor has a piece"
+        found = reading_of(self._sums)
+        _check_finite(self._plan, self._name, found)
+        return _Read(self._name, self._pieces, self._digest.hexdigest(), found.moved, found.lost)
 
 
 def _fold_whole(plan: Plan, name: str, device: str) -> "Generator[Entry, None, list[Measure]]":
@@ -311,12 +411,17 @@ def _read(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: str, dev
         for piece in source:
             digest.update(raw_bytes(piece))
             pieces.append(piece)
-    if not all(found.finite for found in ending):
-        what = f"a value is beyond the range of {plan.base.stored[name].spec.dtype}"
-        raise FoldinError(_unfoldable(kept, "the merged tensor is not finite", what))
+    for each in ending:
+        _check_finite(plan, kept, each)
     # Running statistics, and the second name of a tied tensor, do not count.
     found = ending[0] if ending and kept == name and not plan.is_statistic(name) else None
     return _Read(name, pieces, digest.hexdigest(), found.moved if found else 0.0, found.lost if found else 0.0)
+
+
+def _check_finite(plan: Plan, name: str, found: "Reading") -> None:
+    if not found.finite:
+        what = f"a value is beyond the range of {plan.base.stored[name].spec.dtype}"
+        raise FoldinError(_unfoldable(name, "the merged tensor is not finite", what))
 
 
 def _merged(

@@ -84,11 +84,26 @@ class Plan:
     profile: Mapping[str, str] = field(default_factory=dict)  # of the process that made the plan
 
     @cached_property
+    def names_set(self) -> frozenset[str]:
+        """The names, to ask whether one is among them."""
+        return frozenset(self.names)
+
+    @cached_property
     def rule(self) -> "Method":
         """The line's merge method."""
         from merging import build
 
         return build(self.method, self.parameters)
+
+    @cached_property
+    def one_pass(self) -> bool:
+        """Whether state and serving weights can be made together; what depends on two tensors cannot."""
+        return self.rule.one_pass and not self.kinds.means and not self.kinds.same
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a tensor is folded entry by entry into a single slot, so that it can be written as it is made."""
+        projected = name in self.kinds.projected and not self.method_for(name).one_pass
+        return not projected and name not in self.ranks and len(self.slot_specs(name)) == 1
 
     def method_for(self, name: str) -> "Method":
         """The method that folds a tensor: statistics of batch norms are averaged whatever the line does."""
@@ -208,8 +223,9 @@ def make_plan(
     steps: list[Mapping[str, str]] = []
     for number, expert in enumerate(experts):
         steps.append(_coarsest(base, steps[-1] if steps else stored or {}, expert, stats[0] + number > 0))
-    ranks = {name: _ranks(plan, name) for name in names if plan.rule.rotatable}
-    return replace(plan, stored=tuple(steps), ranks={name: each for name, each in ranks.items() if max(each) > 0})
+    ranks = {name: _ranks(plan, name) for name in names if plan.rule.additive}
+    factored = {name: each for name, each in ranks.items() if max(_rank_before(plan, name), *each) > 0}
+    return replace(plan, stored=tuple(steps), ranks=factored)
 
 
 def _is_folded(base: "Checkpoint", name: str, kinds: Kinds) -> bool:

@@ -46,7 +46,8 @@ def scaled_sum(scale: Callable[[Stats], float]) -> Method:
         _add,
         lambda state, stats: state["total"] * scale(stats),
         entrywise=True,
-        rotatable=True,
+        additive=True,
+        one_pass=True,
     )
 
 

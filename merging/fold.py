@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merging.catalogue import build
 from merging.check import check_schema
-from merging.measure import Measure, blocks, measure, measured, products, quadrature, scratch
+from merging.measure import Measure, blocks, measure, measured, products, products_of_sum, quadrature, scratch
 from merging.method import MergeError, Method, Role, State, Stats
 
 
@@ -100,6 +100,7 @@ def fold_pieces(
     earlier = None if state is None else {name: slot.reshape(-1) for name, slot in state.items()}
     given, room = scratch(old, 2, _wide(base, *experts)), scratch(old, 3)
     sums = torch.zeros(len(news), 6, dtype=torch.float64, device=base.device)
+    inner = products_of_sum if method.additive else products
     for part in blocks(old):
         theirs, ours = given[:, : part.stop - part.start]
         ours.copy_(old[part])
@@ -108,7 +109,7 @@ def fold_pieces(
             delta = theirs.copy_(new[part]).sub_(ours).float()
             before = method.init(delta) if found is None else found
             after = method.fold(before, delta, Role())
-            sums[number] += products(room, delta, after["total"], None if found is None else found["total"])
+            sums[number] += inner(room, delta, after["total"], None if found is None else found["total"])
             found = {name: slot.clone() if slot is delta else slot for name, slot in after.items()}
         assert found is not None
         yield found
@@ -168,23 +169,33 @@ def read_pieces(method: Method, base: Tensor, state: State | None, stats: Stats)
         return Reading(0.0, 0.0, True)
     slots = {name: slot.reshape(-1) for name, slot in state.items()}
     whole = None if method.entrywise else method.read(state, stats).reshape(-1)
-    given = scratch(old, 2, _wide(base))
     sums = torch.zeros(3, dtype=torch.float64, device=base.device)
     for part in blocks(old):
-        exact, cast = given[:, : part.stop - part.start]
         update = (
             method.read({name: slot[part] for name, slot in slots.items()}, stats) if whole is None else whole[part]
         )
-        if not _reach(update):  # adding zeros would turn -0.0 into 0.0
-            yield old[part].clone()
-            continue
-        merged = exact.copy_(old[part]).add_(update).to(base.dtype, copy=True)
-        lost = exact.sub_(cast.copy_(merged))
-        # The last is 0 where every value is finite.
-        sums += torch.stack([(update @ update).double(), (lost @ lost).double(), _reach(cast).double() * 0])
+        merged, found = merged_piece(old[part], update)
+        sums += found
         yield merged
-    moved, lost_square, check = sums.tolist()
-    return Reading(math.sqrt(moved), math.sqrt(lost_square), check == 0)
+    return reading_of(sums)
+
+
+def merged_piece(base: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:  # base: (n,), any float dtype; update: (n,)
+    """base + update in the dtype of base, (n,), and what `reading_of` takes the sum of."""
+    if not _reach(update):  # adding zeros would turn -0.0 into 0.0
+        return base.clone(), torch.zeros(3, dtype=torch.float64, device=base.device)
+    exact = base.to(_wide(base)) + update
+    merged = exact.to(base.dtype, copy=True)
+    cast = merged.to(exact.dtype)
+    lost = exact.sub_(cast)
+    # The last is 0 where every value is finite.
+    return merged, torch.stack([(update @ update).double(), (lost @ lost).double(), _reach(cast).double() * 0])
+
+
+def reading_of(sums: Tensor) -> Reading:  # (3,), float64
+    """What came of reading a tensor, from all its pieces."""
+    moved, lost, check = sums.tolist()
+    return Reading(math.sqrt(moved), math.sqrt(lost), check == 0)
 
 
 def _reach(values: Tensor) -> Tensor:  # (n,) -> (), 0 only where all are 0, NaN or infinite where one of them is

@@ -1,7 +1,7 @@
 """Matrices of low rank folded by their factors: an adapter costs what its rank costs, not what its matrix does.
 
 total = Q core(total) P.T and delta = Q core(delta) P.T with orthonormal Q and P that span the columns and the rows of
-both. A method that commutes with such changes of basis (`Method.rotatable`) gives the same result on the small cores.
+both. A method that commutes with such changes of basis (`Method.additive`) gives the same result on the small cores.
 
 >>> from merging.arithmetic import average
 >>> column = torch.tensor([[1.0], [0.0], [0.0]])
@@ -38,7 +38,7 @@ def fits(rank: int, shape: tuple[int, ...]) -> bool:
 
 
 def fold_factors(
-    method: Method,  # rotatable
+    method: Method,  # additive
     total: Factors | None,  # None: no expert has moved this tensor yet
     delta: Factors,  # of expert - base
     role: Role,

@@ -26,7 +26,7 @@ def magmax(scale: float = 0.5) -> Method:  # share of the strongest change that 
         MergeError: scale is not a finite number above 0.
     """
     scale = positive("magmax: scale", scale)
-    return Method(zero_total, _keep_larger, lambda state, stats: state["total"] * scale, entrywise=True)
+    return Method(zero_total, _keep_larger, lambda state, stats: state["total"] * scale, entrywise=True, one_pass=True)
 
 
 def _keep_larger(state: State, delta: Tensor, role: Role) -> State:

@@ -21,6 +21,10 @@ BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 22
 
 
+# Of squared norms: differences below are the rounding of sums in float64.
+NOTHING = 1e-12
+
+
 class Measure(NamedTuple):
     """One tensor, one expert. Norms are Frobenius norms in weight units."""
 
@@ -65,14 +69,33 @@ def products(room: Tensor, delta: Tensor, after: Tensor, before: Tensor | None) 
     return torch.stack(pairs)
 
 
+def products_of_sum(room: Tensor, delta: Tensor, after: Tensor, before: Tensor | None) -> Tensor:
+    """`products` where after is before + delta up to rounding: half of them, from which the others follow.
+
+    Whether `before` is what was called `after` a moment ago or was read back from a file, the numbers are the same.
+    """
+    moved = room[0, : len(delta)].copy_(delta)
+    own = moved @ moved
+    if before is None:
+        nothing = torch.zeros_like(own)
+        return torch.stack([own, own, nothing, own, nothing, nothing])
+    past = room[1, : len(delta)].copy_(before)
+    shared, earlier = moved @ past, past @ past
+    grown = room[2, : len(delta)].copy_(after)
+    whole = grown @ grown
+    # The second is such that nothing was removed.
+    return torch.stack([own, (own + whole - earlier) / 2, shared, whole, earlier + shared, earlier])
+
+
 def measured(sums: Tensor) -> Measure:  # (6,), float64: the sum of `products` over all entries
     """The measure of a fold.
 
-    `removed` compares delta with what the total gained, so it is 0 up to rounding (about 1e-14) where delta was simply
-    added, and has the meaning "removed by the projection" for methods that add.
+    `removed` compares delta with what the total gained, so it is 0 where delta was simply added, and has the meaning
+    "removed by the projection" for methods that add.
     """
     own, gained, shared, whole, kept, past = sums.tolist()
     lost = own + whole + past + 2 * (shared - gained - kept)  # ||delta - (after - before)||^2
+    lost = lost if abs(lost) > NOTHING * (own + whole + past) else 0.0
     return Measure(
         delta_norm=math.sqrt(own),
         total_norm=math.sqrt(whole),

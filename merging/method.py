@@ -47,9 +47,12 @@ class Method(NamedTuple):
     fold: Callable[[State, Tensor, Role], State]  # state, expert - base in float32, role -> next state
     read: Callable[[State, Stats], Tensor]  # state, stats after the fold -> what to add to the base, float32
     entrywise: bool = False  # `read` too works entry by entry
-    # fold(U A V, U D V) == U fold(A, D) V for every A, D and orthonormal U, V: matrices of low rank can be folded by
-    # their factors. Such a method keeps the slot "total" alone.
-    rotatable: bool = False
+    # The only slot is "total", and `fold` adds delta to it, for projected matrices less a part that turns with the
+    # basis: fold(U A V, U D V) == U fold(A, D) V for orthonormal U and V. So low ranks can be folded by their factors.
+    additive: bool = False
+    # Every tensor is folded entry by entry, whatever its role, and `read` looks at no statistic but the count, so that
+    # state and serving weights can be made in one pass.
+    one_pass: bool = False
 
 
 def zero_total(base: Tensor) -> State:

@@ -57,7 +57,7 @@ def opcm(
     def read(state: State, stats: Stats) -> Tensor:
         return state["total"] * (strength * _mean_norm(stats) / stats.total_norm if stats.total_norm else 0.0)
 
-    return Method(zero_total, fold, read, entrywise=True, rotatable=True)
+    return Method(zero_total, fold, read, entrywise=True, additive=True)
 
 
 def project(

@@ -341,7 +341,7 @@ def test_from_init_to_rollback_each_verb_ends_with_its_code_and_puts_only_data_o
     verb("add", broken, "--line", "tiny", "--task", "task-2")
     code, out, said = verb("watch", "tiny", "--json")
     assert (code, [each["state"] for each in json.loads(out)]) == (1, ["quarantined"])
-    assert "E_SCHEMA expert tiny-experts v2, tensor pooler.dense.bias: the expert lacks a tensor of the base" in said
+    assert "E_SCHEMA expert tiny-experts v2, tensor pooler.dense.bias: the shapes differ" in said
     strict = line.read_text()
     line.write_text(strict.replace("min_expert_gain = -1.0", "min_expert_gain = 0.99"))
     verb("add", zoo / "expert-3", "--line", "tiny", "--task", "task-3")

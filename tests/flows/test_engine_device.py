@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 from benchmarks import ours
 from benchmarks.shapes import decoder
 from benchmarks.synthetic import make
@@ -24,20 +26,21 @@ def disguise():
     return module
 
 
-def folded(models, out, device):
+def folded(models, out, device, method):
     """Every fold on a device: file -> bytes."""
     for name, parent, experts in FOLDS:
         before, chosen = str(out / parent) if parent else None, [str(models / one) for one in experts]
-        ours.fold(str(models / "base"), before, chosen, str(out / name), list(SHAPE.linear), device=device)
+        ours.fold(str(models / "base"), before, chosen, str(out / name), list(SHAPE.linear), method, device=device)
     return {file.relative_to(out): file.read_bytes() for file in out.rglob("*.safetensors")}
 
 
-def test_a_fold_on_a_device_writes_what_one_on_the_processor_writes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["average", "opcm"])  # in one pass over the model, and in two
+def test_a_fold_on_a_device_writes_what_one_on_the_processor_writes(tmp_path, monkeypatch, method):
     models = make(tmp_path / "models", SHAPE, experts=2, adapter=True)
-    here = folded(models, tmp_path / "here", "cpu")
+    here = folded(models, tmp_path / "here", "cpu", method)
     away = disguise()
     monkeypatch.setattr(ours, "devices_of", lambda device, workers=0: (str(away.AWAY),))
     with away.Disguise():
-        there = folded(models, tmp_path / "there", str(away.AWAY))
+        there = folded(models, tmp_path / "there", str(away.AWAY), method)
     assert len(here) == 8
     assert there == here

@@ -455,3 +455,34 @@ def test_a_change_too_large_to_fold_is_the_experts_fault_and_names_the_tensor(at
     outcomes = look(at)
     assert [each["state"] for each in outcomes] == ["folded", "quarantined", "folded"]
     assert "E_FOLD expert tiny-experts v2, tensor pooler.dense.bias" in outcomes[1]["reason"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")  # peft asks for a name that is going away
+def test_a_lora_adapter_is_folded_by_its_factors_and_scored_like_any_expert(at, zoo, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertModel
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = get_peft_model(
+            BertModel.from_pretrained(zoo / "base"), LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"])
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        folder = tmp_path / f"adapter-{seed}"
+        model.save_pretrained(folder)
+        for path in (zoo / "expert-1").glob("*.parquet"):
+            shutil.copy(path, folder)
+        shutil.copy(zoo / "expert-1" / "suite.json", folder)
+        register(at, folder, f"task-{seed}")
+    assert [each["state"] for each in look(at)] == ["folded", "folded"]
+    served, base = open_version(at, "tiny", 3), load_file(zoo / "base/model.safetensors")
+    slots, weights = served.slots(), served.weights()
+    name = "encoder.layer.0.attention.self.query.weight"
+    assert (slots[f"{name}:total.left"].shape, slots[f"{name}:total.right"].shape) == ((32, 8), (32, 8))
+    moved = {name for name in base if not weights[name].equal(base[name])}
+    assert moved == {
+        f"encoder.layer.{layer}.attention.self.{part}.weight" for layer in (0, 1) for part in ("query", "value")
+    }

@@ -9,7 +9,7 @@ from merging.lowrank import Factors, dense, fits, fold_factors
 from merging.method import Role
 
 SHAPES = [(40, 24), (24, 40), (32, 32)]
-ROTATABLE = sorted(name for name in METHODS if build(name, {}).rotatable)
+ADDITIVE = sorted(name for name in METHODS if build(name, {}).additive)
 
 
 def adapter(shape: tuple[int, int], rank: int, seed: int) -> Factors:
@@ -29,12 +29,12 @@ def both(name, shape, ranks, role, **parameters):
 
 
 def test_the_methods_that_promise_it_are_known():
-    assert ROTATABLE == ["average", "opcm", "task_arithmetic"]
+    assert ADDITIVE == ["average", "opcm", "task_arithmetic"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("projected", [True, False])
-@pytest.mark.parametrize("name", ROTATABLE)
+@pytest.mark.parametrize("name", ADDITIVE)
 def test_factors_give_what_the_matrices_give(name, projected, shape):
     role = Role(projected=projected)
     total, by_factors, wanted, by_matrices = both(name, shape, [4, 2, 4], role)
