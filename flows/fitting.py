@@ -50,6 +50,10 @@ class Fitted(Mapping[str, "Tensor"]):
         fitted[known] = tensor[places[known]]
         return fitted
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; reads nothing."""
+        return name in self.tensors
+
     def __iter__(self) -> Iterator[str]:
         """The names, sorted."""
         return iter(self.tensors)
@@ -68,13 +72,13 @@ class Fitted(Mapping[str, "Tensor"]):
         """The rank of `factors`; None where there are none. Reads nothing."""
         from registry.adapters import Adapter
 
-        return self.tensors.rank(name) if isinstance(self.tensors, Adapter) else None
+        return self.tensors.rank(name) if isinstance(self.tensors, Adapter) and name in self else None
 
     def expect(self, name: str) -> None:
         """Tell the system that a tensor is read soon."""
         from registry.adapters import Adapter
 
-        if not isinstance(self.tensors, Adapter):
+        if not isinstance(self.tensors, Adapter) and name in self:
             self.tensors.expect(name)
 
 

@@ -328,3 +328,22 @@ def test_the_merged_statistics_are_those_of_the_mixture(tmp_path, bare_line):
     found = tensors_in(line.serve(fold_one_by_one(line, experts).plan)[0])
     torch.testing.assert_close(found[mean], torch.full((8,), 1.0))  # of 0, 1 and 2
     torch.testing.assert_close(found[variance], torch.full((8,), 2.0 + 2 / 3))
+
+
+@pytest.mark.parametrize("lacks", [False, True], ids=["kept", "left out"])
+def test_an_expert_that_moved_means_alone_widens_the_variance(tmp_path, bare_line, lacks):
+    """The mean square moves with the mean, also where the expert's variance is the base's or is not there."""
+    base, *experts = written(tmp_path, FORMS["ResNet"])
+    mean, variance = (f"embedder.embedder.normalization.running_{each}" for each in ("mean", "var"))
+    stored = tensors_in(base)
+    for number, folder in enumerate(experts):
+        moved = {**stored, mean: torch.full((8,), float(number))}
+        if lacks:
+            del moved[variance]
+        save_file(moved, folder / "model.safetensors", {"format": "pt"})
+    apart, together = bare_line(base), bare_line(base)
+    done = fold_one_by_one(apart, experts)
+    found = tensors_in(apart.serve(done.plan)[0])
+    torch.testing.assert_close(found[mean], torch.full((8,), 1.0))
+    torch.testing.assert_close(found[variance], stored[variance] + 2 / 3)
+    assert together.fold(*experts).bytes == done.bytes
