@@ -46,8 +46,9 @@ class Fitted(Mapping[str, "Tensor"]):
             return tensor
         places = torch.tensor(self.rows[name], dtype=torch.int64)
         known = places >= 0
-        fitted = self.base[name].to(tensor.dtype)
-        fitted[known] = tensor[places[known]]
+        own = self.base[name]
+        fitted = own.to(torch.promote_types(own.dtype, tensor.dtype))  # the base's rows are not rounded to the expert's
+        fitted[known] = tensor[places[known]].to(fitted.dtype)
         return fitted
 
     def __contains__(self, name: object) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from flows.plan import Plan, numerics_profile, parts_of, state_in
 from flows.pool import Job, pool
-from registry.files import read_json, sha256_file, sweep, write_json
+from registry.files import read_json, sha256_file, shown, sweep, write_json
 from registry.records import FoldinError, Refusal, TensorSpec
 
 if TYPE_CHECKING:
@@ -369,15 +369,24 @@ def _check_profile(plan: Plan, device: str) -> None:
         )
 
 
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # how torch says it, by device
+
+
 @contextmanager
 def _blamed(name: str) -> Iterator[None]:
-    """What cannot be folded is said with the tensor's name, and is the expert's fault."""
+    """What cannot be folded is said with the tensor's name, and is the expert's fault; too little memory is not."""
     from merging import MergeError
 
     try:
         yield
     except MergeError as error:
         raise FoldinError(_unfoldable(name, "the tensor cannot be folded", str(error))) from error
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY)):
+            raise
+        what, remedy = "there is too little memory for the tensor", "set workers to a smaller number, or use a machine"
+        refusal = Refusal("E_MEMORY", what, "", "", name, "", shown(str(error)), f"{remedy} with more memory")
+        raise FoldinError(refusal) from error
 
 
 def _unfoldable(name: str, what: str, found: str) -> Refusal:

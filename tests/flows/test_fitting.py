@@ -210,6 +210,14 @@ def test_another_width_is_no_other_vocabulary(zoo, bare_line, tmp_path):
     refused(bare_line(zoo / "base").fit(expert), "E_SCHEMA", WORDS)
 
 
+def test_rows_that_the_expert_lacks_are_not_rounded_to_its_dtype(zoo, bare_line, tmp_path):
+    expert = with_words(zoo / "base", tmp_path / "expert", KNOWN[:8])
+    halved = edited(expert, tmp_path / "half", lambda tensors: {name: each.half() for name, each in tensors.items()})
+    body, stored = bare_line(zoo / "base").fit(halved).body, load_file(zoo / "base" / WEIGHTS)[WORDS]
+    assert torch.equal(body[WORDS][13:], stored[13:])
+    assert not torch.equal(stored[13:], stored[13:].half().float())
+
+
 # heads
 
 

@@ -168,6 +168,18 @@ def unfinished(folder):
     return [path.name for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_crash_among_several_workers_resumes_to_the_same_bytes(zoo, team, bare_line, small_parts, folds, workers):
+    line = bare_line(zoo / "base", devices=("cpu",) * workers)
+    plan, expected, every = interrupted(line, team[1], folds)
+    assert not unfinished(line.root)
+    folds.clear()
+    done = line.run(plan)
+    assert len(folds) < len(every)
+    assert done.bytes == expected.bytes
+    assert done.measures == expected.measures
+
+
 def interrupted(line, expert, folds):
     """A plan whose first run died in the middle, the digests of an undisturbed run, and what was folded in it."""
     from copy import copy
@@ -413,6 +425,22 @@ def test_a_file_that_ends_early_after_it_was_read_is_named_with_the_tensor(zoo, 
     assert not list((line.root / "state-1").glob("*"))
 
 
+@pytest.mark.parametrize("whose", ["base", "slots"])
+def test_a_file_that_ends_early_before_the_second_pass_is_named(zoo, team, bare_line, tmp_path, whose):
+    base = shutil.copytree(zoo / "base", tmp_path / "base")
+    line = bare_line(base)
+    done = line.fold(team[1])
+    path = {"base": base, "slots": line.root / "state-0"}[whose] / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 5_000)
+    with pytest.raises(FoldinError) as caught:
+        line.serve(done.plan)
+    refusal = caught.value.refusal
+    assert (refusal.code, refusal.file) == ("E_FORMAT", "model.safetensors")
+    assert refusal.where == {"base": "base", "slots": "state"}[whose]
+    assert refusal.tensor.partition(":")[0] in done.plan.base
+    assert not [path for path in (line.root / "serving-1").rglob("*") if path.is_file()]
+
+
 def test_a_change_too_large_for_the_fold_is_the_experts_fault_and_names_the_tensor(zoo, team, bare_line, tmp_path):
     expert = shutil.copytree(zoo / "expert-1", tmp_path / "huge")
     tensors = load_file(expert / "model.safetensors")
@@ -436,6 +464,22 @@ def test_a_merged_tensor_beyond_its_dtype_is_refused_by_name(zoo, bare_line, tmp
     with pytest.raises(FoldinError, match="the merged tensor is not finite") as caught:
         line.serve(done.plan)
     assert (caught.value.refusal.code, caught.value.refusal.tensor) == ("E_FOLD", BIAS)
+    assert not [path for path in (line.root / "serving-1").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("step", ["first pass", "second pass"])
+def test_too_little_memory_names_the_tensor_and_blames_no_expert(zoo, team, bare_line, monkeypatch, step):
+    line = bare_line(zoo / "base")
+    done = line.fold(team[0])
+
+    def greedy(*arguments):
+        return torch.empty(2**46)  # more than a process can address
+
+    monkeypatch.setattr(passes, "_step" if step == "first pass" else "state_in", greedy)
+    with pytest.raises(FoldinError, match="too little memory") as caught:
+        line.run(line.plan(team[1])) if step == "first pass" else line.serve(done.plan)
+    assert caught.value.refusal.code == "E_MEMORY"
+    assert caught.value.refusal.tensor in load_file(zoo / "base" / "model.safetensors")
     assert not [path for path in (line.root / "serving-1").rglob("*") if path.is_file()]
 
 
