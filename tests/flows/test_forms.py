@@ -247,7 +247,7 @@ def edit(folder, change):
 
 
 def test_a_tied_weight_stored_twice_is_folded_once_counted_once_and_written_equal(tmp_path, bare_line):
-    form = FORMS["Llama, tied"]
+    form = FORMS["Llama, tied"]._replace(dtype=torch.bfloat16)  # so that the cast loses something
     base, *experts = written(tmp_path, form)
     once = bare_line(base)
     expected, plain = once.serve(fold_one_by_one(once, experts).plan)
@@ -262,7 +262,7 @@ def test_a_tied_weight_stored_twice_is_folded_once_counted_once_and_written_equa
     assert torch.equal(found[head], found[tokens])
     assert all(torch.equal(tensor, found[name]) for name, tensor in tensors_in(expected).items())
     assert twice.stats == once.stats
-    assert served.cast_loss == plain.cast_loss
+    assert served.cast_loss == plain.cast_loss > 0
     assert head not in done.plan.names
     assert f"{head}:total" not in twice.slots
 
