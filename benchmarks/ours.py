@@ -10,10 +10,14 @@ import shutil
 import time
 from pathlib import Path
 
+from torch import Tensor
+
 from flows.fitting import Fitted
 from flows.passes import fold_once, fold_state, materialise, stats_after
-from flows.plan import Kinds, Plan, make_plan
+from flows.plan import Kinds, Plan, make_plan, state_in
 from flows.pool import devices_of
+from merging import Stats, build
+from merging.lowrank import Factors, dense
 from registry.adapters import Adapter
 from registry.files import read_json, write_json
 from registry.weights import Checkpoint
@@ -31,6 +35,8 @@ def fold(
     workers: int = 0,  # 0: as many as there are cores
     serve: bool = True,  # whether the second pass runs too
     device: str = "cpu",
+    moved: list[str] | None = None,  # names that the experts moved; None: all that each of them holds
+    cluster: str | None = None,  # address of a Dask scheduler whose workers make the parts of the state
 ) -> dict[str, float]:
     """Fold experts together and write the next version: seconds of each pass where there are two, what the casts lost.
 
@@ -38,8 +44,12 @@ def fold(
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as flows.wiring sets it; read at torch's first allocation
     start, folder = time.perf_counter(), Path(out)
-    plan = _plan(base, parent, [expert] if isinstance(expert, str) else expert, projected, method, device)
+    plan = _plan(base, parent, [expert] if isinstance(expert, str) else expert, projected, method, device, moved)
     devices = devices_of(device, workers)
+    if cluster:
+        from flows.cluster import fold_on_cluster
+
+        fold_on_cluster(cluster, folder / STATE, folder / RECORDS, plan, device)
     if serve and plan.one_pass:
         measures, made = fold_once(folder / STATE, folder / RECORDS, folder, plan, devices)
         stats, told = stats_after(plan, measures), {"cast_loss": made.cast_loss}
@@ -56,7 +66,24 @@ def fold(
     return told
 
 
-def _plan(base: str, parent: str | None, experts: list[str], projected: list[str], method: str, device: str) -> Plan:
+def merged_delta(folder: Path, name: str, method: str) -> Tensor:  # shape of the tensor, float32
+    """What the version in a folder, made with `method`, adds to one tensor of the base; the tensor was moved."""
+    rule = build(method, {})
+    state = state_in(Checkpoint.open(folder / STATE), name, rule, "cpu")
+    assert state is not None, f"{name} has no state in {folder}"
+    slots = {"total": dense(state)} if isinstance(state, Factors) else state
+    return rule.read(slots, Stats(*read_json(folder / FACTS)["stats"]))
+
+
+def _plan(
+    base: str,
+    parent: str | None,
+    experts: list[str],
+    projected: list[str],
+    method: str,
+    device: str,
+    moved: list[str] | None,
+) -> Plan:
     weights = Checkpoint.open(Path(base))
     facts = read_json(Path(parent) / FACTS) if parent else {}
     count, norm_sum, total_norm = facts.get("stats", (0.0, 0.0, 0.0))
@@ -65,7 +92,7 @@ def _plan(base: str, parent: str | None, experts: list[str], projected: list[str
         {},
         weights,
         Checkpoint.open(Path(parent) / STATE) if parent else None,
-        tuple(_fitted(Path(expert), weights) for expert in experts),
+        tuple(_fitted(Path(expert), weights, moved) for expert in experts),
         Kinds(projected=frozenset(projected)),
         stats=(count, norm_sum, total_norm),
         stored=facts.get("stored", {}),
@@ -73,11 +100,11 @@ def _plan(base: str, parent: str | None, experts: list[str], projected: list[str
     )
 
 
-def _fitted(folder: Path, base: Checkpoint) -> Fitted:
-    """An expert taken to have moved every tensor that it holds, as one that was trained as a whole has."""
+def _fitted(folder: Path, base: Checkpoint, moved: list[str] | None) -> Fitted:
+    """An expert that moved these tensors; unless they are named, every tensor that it holds."""
     adapter = (folder / "adapter_config.json").exists()
     tensors = Adapter.open(folder, base) if adapter else Checkpoint.open(folder)
-    return Fitted(tensors, base, frozenset(tensors))
+    return Fitted(tensors, base, frozenset(tensors if moved is None else moved))
 
 
 def main() -> None:

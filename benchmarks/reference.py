@@ -78,7 +78,7 @@ def project(tau: Tensor, delta: Tensor, alpha: float) -> Tensor:  # (out, in) bo
 
     Needless: the columns beyond min(out, in) take part in two products and are left as they were.
     """
-    left, sigma, right = torch.linalg.svd(tau, full_matrices=True)
+    left, sigma, right = torch.linalg.svd(tau, full_matrices=True, driver="gesvd" if tau.is_cuda else None)
     shares = sigma.cumsum(0) / sigma.sum()
     rank = int((shares > alpha).int().argmax())
     inner = left.T @ delta @ right.T

@@ -93,6 +93,11 @@ def decoder(
     return Architecture(config, dtype, dict(sorted((shapes | linear).items())), tuple(sorted(linear)), adapted)
 
 
-def tinyllama() -> Architecture:
+def tinyllama(layers: int = 22) -> Architecture:  # layers > 0
     """The 1.1 billion parameter shape of TinyLlama, bfloat16."""
-    return decoder(hidden=2048, layers=22, vocabulary=32000, intermediate=5632, key_value=4)
+    return decoder(hidden=2048, layers=layers, vocabulary=32000, intermediate=5632, key_value=4)
+
+
+def llama_7b(layers: int = 32) -> Architecture:  # layers > 0
+    """The 6.7 billion parameter shape of Llama 7B, bfloat16; its 32 heads of 128 are written as 64 heads of 64."""
+    return decoder(hidden=4096, layers=layers, vocabulary=32000, intermediate=11008, key_value=64)
