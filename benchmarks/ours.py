@@ -50,7 +50,7 @@ def fold(
         from flows.cluster import fold_on_cluster
 
         fold_on_cluster(cluster, folder / STATE, folder / RECORDS, plan, device)
-    if serve and plan.one_pass and not cluster:
+    if serve and plan.one_pass:
         measures, made = fold_once(folder / STATE, folder / RECORDS, folder, plan, devices)
         stats, told = stats_after(plan, measures), {"cast_loss": made.cast_loss}
     else:

@@ -1,29 +1,33 @@
 """The parts of a fold on a Dask cluster, as Prefect tasks. The workers must see the same folders as this process."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.passes import Measures, fold_part, state_parts
+from flows.passes import Folded, Measures, fold_part, state_parts
 from flows.plan import Plan
-
-if TYPE_CHECKING:
-    from flows.passes import Part
+from registry.records import FoldinError, Refusal
 
 
-@task(name="fold part", task_run_name="{part.file}", cache_policy=NO_CACHE, persist_result=False, retries=1)
-def fold_part_task(folder: Path, records: Path, plan: Plan, part: "Part", device: str) -> list[Measures]:
+@task(name="fold part", task_run_name="{file}", cache_policy=NO_CACHE, persist_result=False, retries=1)
+def fold_part_task(file: str, work: Callable[[], Folded]) -> list[Measures]:
     """One part; repeated, it finds what was finished."""
-    return fold_part(folder, records, plan, part, device).measures
+    import torch
+
+    torch.set_num_threads(1)  # for good, unlike in `pool`: the tasks of one worker overlap, and the setting is shared
+    return work().measures
 
 
 def fold_on_cluster(scheduler: str, folder: Path, records: Path, plan: Plan, device: str) -> None:
     """Make every part of the state that is not there yet; `passes.fold_state` then finds them all.
 
     Raises:
-        FoldinError: as `passes.fold_state`, and E_PROFILE where a worker would give other bytes than this process.
+        FoldinError: as `passes.fold_state`, E_PROFILE where a worker would give other bytes than this process, and
+            E_SERVER where the cluster cannot be reached or does not see the folders.
     """
     from prefect_dask.task_runners import DaskTaskRunner
 
@@ -34,8 +38,16 @@ def fold_on_cluster(scheduler: str, folder: Path, records: Path, plan: Plan, dev
         validate_parameters=False,
     )
     def fold_parts() -> None:
-        futures = [fold_part_task.submit(folder, records, plan, part, device) for part in state_parts(plan)]
+        # Bound to the function, for Prefect and Dask would look through a plan among the arguments, tensor by tensor.
+        futures = [
+            fold_part_task.submit(part.file, partial(fold_part, folder, records, plan, part, device))
+            for part in state_parts(plan)
+        ]
         for future in futures:
             future.result()
 
-    fold_parts()
+    try:
+        fold_parts()
+    except OSError as error:
+        what, remedy = "the Dask cluster cannot fold", "start it with workers that see these folders, then run again"
+        raise FoldinError(Refusal("E_SERVER", what, scheduler, found=str(error), remedy=remedy)) from error

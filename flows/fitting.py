@@ -46,9 +46,14 @@ class Fitted(Mapping[str, "Tensor"]):
             return tensor
         places = torch.tensor(self.rows[name], dtype=torch.int64)
         known = places >= 0
-        fitted = self.base[name].to(tensor.dtype)
-        fitted[known] = tensor[places[known]]
+        own = self.base[name]
+        fitted = own.to(torch.promote_types(own.dtype, tensor.dtype))  # the base's rows are not rounded to the expert's
+        fitted[known] = tensor[places[known]].to(fitted.dtype)
         return fitted
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; reads nothing."""
+        return name in self.tensors
 
     def __iter__(self) -> Iterator[str]:
         """The names, sorted."""
@@ -68,13 +73,13 @@ class Fitted(Mapping[str, "Tensor"]):
         """The rank of `factors`; None where there are none. Reads nothing."""
         from registry.adapters import Adapter
 
-        return self.tensors.rank(name) if isinstance(self.tensors, Adapter) else None
+        return self.tensors.rank(name) if isinstance(self.tensors, Adapter) and name in self else None
 
     def expect(self, name: str) -> None:
         """Tell the system that a tensor is read soon."""
         from registry.adapters import Adapter
 
-        if not isinstance(self.tensors, Adapter):
+        if not isinstance(self.tensors, Adapter) and name in self:
             self.tensors.expect(name)
 
 

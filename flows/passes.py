@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from flows.plan import Plan, numerics_profile, parts_of, state_in
 from flows.pool import Job, pool
-from registry.files import read_json, sha256_file, sweep, write_json
+from registry.files import read_json, sha256_file, shown, sweep, write_json
 from registry.records import FoldinError, Refusal, TensorSpec
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def fold_state(
     sweep(folder)
     with pool(devices) as run:
         found = run(_part_job(folder, records, plan, part) for part in parts)
-        for part, each in zip(parts, cast("Iterator[_Folded]", found), strict=True):
+        for part, each in zip(parts, cast("Iterator[Folded]", found), strict=True):
             measures.append(each.measures)
             done += len(part.names)
             progress(done, len(plan.names))
@@ -90,7 +90,7 @@ def fold_once(
     def reads() -> "Iterator[_Read]":
         for name in (name for names in plan.base.layout.values() for name in names):
             if name in plan.names_set and name not in ready:
-                folded = cast("_Folded", next(results))
+                folded = cast("Folded", next(results))
                 measures.append(folded.measures)
                 ready.update({read.name: read for read in folded.reads})
             yield ready.pop(name) if name in plan.names_set else _read(plan, None, stats, name, devices[0])
@@ -174,7 +174,7 @@ def _serve(folder: Path, plan: Plan, found: "Iterator[_Read]", progress: Progres
 # the first pass, one part
 
 
-class _Folded(NamedTuple):
+class Folded(NamedTuple):
     """What came of one part."""
 
     measures: "list[Measures]"  # per expert
@@ -202,9 +202,7 @@ def _bytes_per_entry(plan: Plan, name: str) -> int:
     return 8 + 4 + (16 if name in plan.kinds.projected and not plan.is_factored(name) else 0)
 
 
-def fold_part(
-    folder: Path, records: Path, plan: Plan, part: Part, device: str, stats: "Stats | None" = None
-) -> _Folded:
+def fold_part(folder: Path, records: Path, plan: Plan, part: Part, device: str, stats: "Stats | None" = None) -> Folded:
     """One part, on any worker that sees the same folders: what each expert did, and its serving tensors given `stats`.
 
     Repeating it is harmless: a part that was finished is found again.
@@ -220,10 +218,10 @@ def fold_part(
         sha256 = write_part(folder / part.file, _specs(plan, part), entries)
         write_json(_record(records, part), {"sha256": sha256, "profile": dict(plan.profile), "measures": measures})
     if stats is None:
-        return _Folded(measures, [])
+        return Folded(measures, [])
     slots = Checkpoint.open_file(folder / part.file, "state of the candidate")
     found = [reads.get(name) or _read(plan, slots, stats, name, device) for name in part.names]
-    return _Folded(measures, found)
+    return Folded(measures, found)
 
 
 def _specs(plan: Plan, part: Part) -> dict[str, TensorSpec]:
@@ -239,6 +237,8 @@ def _recorded(folder: Path, records: Path, part: Part, plan: Plan) -> "list[Meas
         return None
     facts = read_json(path)
     if facts["profile"] != dict(plan.profile) or facts["sha256"] != sha256_file(folder / part.file):
+        return None
+    if [each.keys() for each in facts["measures"]] != [set(part.names)] * len(plan.experts):  # cut in another way
         return None
     return [{name: Measure(*values) for name, values in each.items()} for each in facts["measures"]]
 
@@ -472,15 +472,24 @@ def _check_profile(plan: Plan, device: str) -> None:
         )
 
 
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # how torch says it, by device
+
+
 @contextmanager
 def _blamed(name: str) -> Iterator[None]:
-    """What cannot be folded is said with the tensor's name, and is the expert's fault."""
+    """What cannot be folded is said with the tensor's name, and is the expert's fault; too little memory is not."""
     from merging import MergeError
 
     try:
         yield
     except MergeError as error:
         raise FoldinError(_unfoldable(name, "the tensor cannot be folded", str(error))) from error
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY)):
+            raise
+        what, remedy = "there is too little memory for the tensor", "set workers to a smaller number, or use a machine"
+        refusal = Refusal("E_MEMORY", what, "", "", name, "", shown(str(error)), f"{remedy} with more memory")
+        raise FoldinError(refusal) from error
 
 
 def _unfoldable(name: str, what: str, found: str) -> Refusal:

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
@@ -83,6 +83,10 @@ class Plan:
     device: str = "cpu"  # cpu, cuda (every GPU) or cuda:N
     profile: Mapping[str, str] = field(default_factory=dict)  # of the process that made the plan
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Travels between processes without what was worked out from it."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     @cached_property
     def names_set(self) -> frozenset[str]:
         """The names, to ask whether one is among them."""
@@ -121,8 +125,8 @@ class Plan:
 
         if name not in self.kinds.variances:
             return tensors[name]
-        mean = self.kinds.variances[name]
-        return second_moment(tensors[mean] if mean in tensors else self.base[mean], tensors[name])
+        pair = (self.kinds.variances[name], name)
+        return second_moment(*(tensors[each] if each in tensors else self.base[each] for each in pair))
 
     def is_factored(self, name: str) -> bool:
         """Whether a tensor's total is kept as factors after this pass."""
@@ -216,6 +220,7 @@ def make_plan(
     device: str = "cpu",
 ) -> Plan:
     """A plan from its parts: names, dtypes and ranks follow from what the experts and the slots hold."""
+    experts = tuple(_with_moments(expert, kinds) for expert in experts)
     touched = {key.rpartition(":")[0] for key in slots or ()}.union(*(expert.moved for expert in experts))
     names = tuple(name for name in base.stored if name in touched and _is_folded(base, name, kinds))
     profile = numerics_profile(device)
@@ -226,6 +231,11 @@ def make_plan(
     ranks = {name: _ranks(plan, name) for name in names if plan.rule.additive}
     factored = {name: each for name, each in ranks.items() if max(_rank_before(plan, name), *each) > 0}
     return replace(plan, stored=tuple(steps), ranks=factored)
+
+
+def _with_moments(expert: Fitted, kinds: Kinds) -> Fitted:
+    """The expert with the mean squares that its means moved, whether or not the variances beside them moved too."""
+    return replace(expert, moved=expert.moved.union(kinds.means[name] for name in expert.moved & kinds.means.keys()))
 
 
 def _is_folded(base: "Checkpoint", name: str, kinds: Kinds) -> bool:
@@ -249,7 +259,7 @@ def _coarsest(base: "Checkpoint", earlier: Mapping[str, str], expert: Fitted, la
 
     stored = dict(earlier)
     for name in expert.moved:
-        if name not in base or not DTYPES[expert.specs[name].dtype].is_floating_point:
+        if name not in base or name not in expert or not DTYPES[expert.specs[name].dtype].is_floating_point:
             continue
         own = base.stored[name].spec.dtype
         given = expert.specs[name].dtype

@@ -4,6 +4,7 @@ import re
 import shutil
 from dataclasses import asdict, replace
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
@@ -116,6 +117,9 @@ def _check_workers(workers: str, where: str) -> None:
     if not re.fullmatch(r"|[1-9]\d*|(tcp|tls)://[^\s/]+:\d+", workers):
         expected = "a number of cores such as '2', or a Dask scheduler, 'tcp://HOST:PORT'"
         raise _unusable(where, "workers is neither a number nor an address", expected, workers)
+    if "://" in workers and find_spec("prefect_dask") is None:
+        remedy = "install foldin[dask], or give a number of cores"
+        raise _unusable(where, "workers names a Dask scheduler, and prefect-dask is not installed", "", workers, remedy)
 
 
 def _check_schedule(settings: LineConfig, where: str) -> None:

@@ -1,17 +1,27 @@
-"""What the flow tests share: one real Prefect server a worker, the house of a line, the verbs in this process."""
+"""What the flow tests share: a Prefect server a worker, the house of a line, the verbs in this process, bare folds."""
 
 import os
 import shutil
 import sqlite3
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from filelock import FileLock
 
 from flows import cli
-from flows.config import load
+from flows.config import LineConfig, load
+from flows.fitting import Fit, fit
+from flows.passes import Serving, fold_state, materialise, stats_after
+from flows.plan import Plan, kinds_of, make_plan
 from flows.serve import temporary_prefect
+from flows.versions import Memory, Version
 from flows.wiring import house
+from registry import intake
+from registry.files import hash_tree
+from registry.weights import Checkpoint
 
 
 @contextmanager
@@ -92,3 +102,93 @@ def verbs(capsys, prefect):
     yield of
     os.environ.clear()
     os.environ.update(before)
+
+
+class Folded(NamedTuple):
+    """What the first pass over a bare line left."""
+
+    plan: Plan
+    measures: list
+    folder: Path  # of the state
+    records: Path
+
+    @property
+    def bytes(self):
+        """File name -> digest of the state's files."""
+        return hash_tree(self.folder)
+
+
+@dataclass
+class BareLine:
+    """A base and what was folded into it, without a registry: the state of one pass is the slots of the next."""
+
+    root: Path  # gets everything that is written
+    base: Path
+    settings: LineConfig
+    devices: tuple[str, ...] = ("cpu",)
+    slots: Checkpoint | None = None
+    stats: tuple = (0.0, 0.0, 0.0)
+    stored: dict = field(default_factory=dict)
+    passes: int = 0
+
+    def fit(self, folder, has_head=False):
+        """What intake's second half says about an expert's folder."""
+        memory = Memory(self.settings.method, {}, "0" * 64, "0" * 64)
+        version = Version(1, self.base, "", memory)
+        return fit(version, intake.Admitted(folder, hash_tree(folder), "", ()), has_head, f"expert {folder.name}")
+
+    def plan(self, *experts):
+        """The plan of one pass over some experts' folders."""
+        from evaluation.architecture import anatomy
+
+        fits = [self.fit(folder) for folder in experts]
+        assert all(isinstance(each, Fit) for each in fits), fits
+        weights = Checkpoint.open(self.base, "base")
+        return make_plan(
+            self.settings.method,
+            self.settings.parameters,
+            weights,
+            self.slots,
+            tuple(each.body for each in fits),
+            kinds_of(self.settings, weights, anatomy(self.base, list(weights))),
+            stats=self.stats,
+            stored=self.stored,
+        )
+
+    def run(self, plan):
+        """The first pass, into folders of its own; the line stays where it is."""
+        folder, records = (self.root / f"{kind}-{self.passes}" for kind in ("state", "records"))
+        return Folded(plan, fold_state(folder, records, plan, self.devices), folder, records)
+
+    def fold(self, *experts):
+        """The first pass; the line goes on from what it left."""
+        done = self.run(self.plan(*experts))
+        self.stats = tuple(stats_after(done.plan, done.measures))
+        self.stored = done.plan.stored[-1]
+        self.slots = Checkpoint.open(done.folder, "state") if done.plan.names else None
+        self.passes += 1
+        return done
+
+    def serve(self, plan) -> tuple[Path, Serving]:
+        """The second pass over what the line holds: the serving checkpoint, with the base's other files."""
+        from merging import Stats
+
+        folder = self.root / f"serving-{self.passes}"
+        served = materialise(folder, self.slots, plan, Stats(*self.stats), self.devices)
+        for path in self.base.glob("*.json"):
+            if "safetensors" not in path.name:
+                shutil.copyfile(path, folder / path.name)
+        return folder, served
+
+
+@pytest.fixture
+def bare_line(tmp_path):
+    """A function that makes a line of a base's folder: base, settings of the line -> BareLine."""
+    made = []
+
+    def make(base, devices=("cpu",), **settings):
+        root = tmp_path / f"line-{len(made)}"
+        made.append(root)
+        return BareLine(root, base, LineConfig(base=str(base), experts=(), **settings), devices)
+
+    return make

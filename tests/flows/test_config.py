@@ -223,3 +223,20 @@ def test_a_missing_file_is_said_where_it_is_not_to_be_made(tmp_path):
     assert "there is no such file" in message
     assert "--config" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scheduler_needs_the_package_that_speaks_to_it(monkeypatch):
+    settings = LineConfig(base="base", experts=("experts",), workers="tcp://scheduler:8786")
+    monkeypatch.setattr(starting, "find_spec", lambda name: object())
+    starting.check_settings(settings, "tiny")
+    monkeypatch.setattr(starting, "find_spec", lambda name: None)
+    starting.check_settings(dataclasses.replace(settings, workers="2"), "tiny")
+    with pytest.raises(FoldinError, match=r"E_CONFIG \[lines.tiny\]: .*prefect-dask is not installed.*foldin\[dask\]"):
+        starting.check_settings(settings, "tiny")
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two", "tcp://scheduler", "http://scheduler:8786", "1.5"])
+def test_workers_is_a_number_or_a_scheduler(workers):
+    settings = LineConfig(base="base", experts=("experts",), workers=workers)
+    with pytest.raises(FoldinError, match="workers is neither a number nor an address"):
+        starting.check_settings(settings, "tiny")
