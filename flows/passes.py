@@ -303,14 +303,18 @@ class _Reader:
         self._plan, self._name, self._stats = plan, name, stats
         self._digest = start_digest(plan.base.stored[name].spec)
         self._pieces: list[Tensor] = []
+        self._room: Tensor | None = None
         self._sums: Tensor | None = None
 
     def take(self, base: "Tensor", state: "State") -> None:
         """The next piece: of the base, (n,), and of the slots."""
-        from merging.fold import merged_piece
+        from merging.fold import merged_piece, reading_room
         from registry.weights import raw_bytes
 
-        merged, sums = merged_piece(base, self._plan.method_for(self._name).read(state, self._stats))
+        update = self._plan.method_for(self._name).read(state, self._stats)
+        if self._room is None or self._room.shape[1] < len(base):
+            self._room = reading_room(base)
+        merged, sums = merged_piece(base, update, self._room)
         self._digest.update(raw_bytes(merged))
         self._pieces.append(merged.cpu())
         self._sums = sums if self._sums is None else self._sums + sums

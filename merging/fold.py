@@ -169,27 +169,37 @@ def read_pieces(method: Method, base: Tensor, state: State | None, stats: Stats)
         return Reading(0.0, 0.0, True)
     slots = {name: slot.reshape(-1) for name, slot in state.items()}
     whole = None if method.entrywise else method.read(state, stats).reshape(-1)
-    sums = torch.zeros(3, dtype=torch.float64, device=base.device)
+    room, sums = reading_room(old), torch.zeros(3, dtype=torch.float64, device=base.device)
     for part in blocks(old):
         update = (
             method.read({name: slot[part] for name, slot in slots.items()}, stats) if whole is None else whole[part]
         )
-        merged, found = merged_piece(old[part], update)
+        merged, found = merged_piece(old[part], update, room)
         sums += found
         yield merged
     return reading_of(sums)
 
 
-def merged_piece(base: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:  # base: (n,), any float dtype; update: (n,)
-    """base + update in the dtype of base, (n,), and what `reading_of` takes the sum of."""
+def merged_piece(base: Tensor, update: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """base + update in the dtype of base, (n,), and what `reading_of` takes the sum of.
+
+    Args:
+        base: (n,), any float dtype.
+        update: what to add to it, (n,), float32.
+        room: `reading_room` of the tensor, written over.
+    """
     if not _reach(update):  # adding zeros would turn -0.0 into 0.0
         return base.clone(), torch.zeros(3, dtype=torch.float64, device=base.device)
-    exact = base.to(_wide(base)) + update
-    merged = exact.to(base.dtype, copy=True)
-    cast = merged.to(exact.dtype)
-    lost = exact.sub_(cast)
+    exact, cast = room[:, : len(base)]
+    merged = exact.copy_(base).add_(update).to(base.dtype, copy=True)
+    lost = exact.sub_(cast.copy_(merged))
     # The last is 0 where every value is finite.
     return merged, torch.stack([(update @ update).double(), (lost @ lost).double(), _reach(cast).double() * 0])
+
+
+def reading_room(base: Tensor) -> Tensor:
+    """What `merged_piece` computes in."""
+    return scratch(base, 2, _wide(base))
 
 
 def reading_of(sums: Tensor) -> Reading:  # (3,), float64

@@ -16,7 +16,7 @@ from merging.method import State
 
 # Entries looked at together: few enough that their float64 copies stay in a processor's cache, and enough that threads
 # seldom wait for each other between two pieces (a quarter of this took a third longer on two cores).
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 # A graphics processor has no such cache, but a start-up cost for each piece of work.
 DEVICE_BLOCK = 1 << 22
 
