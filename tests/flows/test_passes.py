@@ -498,3 +498,73 @@ def test_an_expert_is_read_only_where_it_moved(zoo, team, bare_line, monkeypatch
     monkeypatch.setattr(Fitted, "__getitem__", noted)
     line.run(plan)
     assert sorted(read) == sorted((at, name) for at, each in enumerate(plan.experts) for name in each.moved)
+
+
+# state and serving weights in one pass
+
+
+ONE_PASS = [("average", {}), ("task_arithmetic", {"scale": 0.4}), ("magmax", {})]
+
+
+def once(line, plan, name):
+    """One pass that makes both, into folders of its own."""
+    state, serving = line.root / f"{name}-state", line.root / f"{name}-serving"
+    made = passes.fold_once(state, line.root / f"{name}-records", serving, plan, line.devices)
+    return (*made, state, serving)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("method", "parameters"), ONE_PASS)
+def test_one_pass_gives_the_bytes_of_two(zoo, team, bare_line, small_parts, method, parameters, workers):
+    line = bare_line(zoo / "base", devices=("cpu",) * workers, method=method, parameters=parameters)
+    line.fold(*team[:2])
+    plan = line.plan(*team[2:])
+    assert plan.one_pass
+    measures, serving, state, served = once(line, plan, "once")
+    done = line.fold(*team[2:])
+    folder, wanted = line.serve(plan)
+    assert hash_tree(state) == done.bytes
+    assert measures == done.measures
+    assert serving == wanted
+    weights = {path.name for path in folder.iterdir() if "safetensors" in path.name}
+    assert weights
+    assert all((served / name).read_bytes() == (folder / name).read_bytes() for name in weights)
+
+
+def test_one_pass_over_an_expert_that_moved_nothing_writes_the_base(zoo, bare_line, team):
+    line = bare_line(zoo / "base", method="average")
+    plan = line.plan(team[2])  # it moved nothing: there is no state at all
+    measures, serving, state, served = once(line, plan, "nothing")
+    assert measures == [{}]
+    assert not list(state.glob("*")) if state.exists() else True
+    base, found = load_file(zoo / "base/model.safetensors"), load_file(served / "model.safetensors")
+    assert all(torch.equal(found[name], base[name]) for name in base)
+    assert serving.cast_loss == 0
+
+
+def test_one_pass_goes_on_from_finished_parts(zoo, team, bare_line, small_parts, monkeypatch):
+    line = bare_line(zoo / "base", method="average")
+    plan = line.plan(*team[:2])
+    wanted = once(line, plan, "whole")
+    original, made = passes._fold_pieces, []
+
+    def dying(plan, name, *rest):
+        made.append(name)
+        if len(made) == len(plan.names) - 3:
+            raise OSError("the machine goes down")
+        return original(plan, name, *rest)
+
+    monkeypatch.setattr(passes, "_fold_pieces", dying)
+    with pytest.raises(OSError, match="goes down"):
+        once(line, plan, "broken")
+    assert not (line.root / "broken-serving" / "model.safetensors").exists()
+    assert not list(line.root.rglob("*.tmp"))
+    made.clear()
+    monkeypatch.setattr(
+        passes, "_fold_pieces", lambda plan, name, *rest: made.append(name) or original(plan, name, *rest)
+    )
+    again = once(line, plan, "broken")
+    assert 0 < len(made) < len(plan.names)
+    assert again[:2] == wanted[:2]
+    assert hash_tree(again[2]) == hash_tree(wanted[2])
+    assert hash_tree(again[3]) == hash_tree(wanted[3])
