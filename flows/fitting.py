@@ -167,13 +167,14 @@ def _untied(expert: "Checkpoint", base: "Checkpoint", aliases: Mapping[str, str]
     """The expert with each tied weight under the one name that is folded; both names must hold the same values."""
     import torch
 
-    renamed, dropped = {}, set()
+    renamed, dropped = dict[str, str](), set[str]()
     for name, kept in aliases.items():
         if name not in expert or (name in base and not (kept in base and torch.equal(base[name], base[kept]))):
             continue
-        if kept not in expert:
+        twin = kept if kept in expert else next((other for other, to in renamed.items() if to == kept), None)
+        if twin is None:
             renamed[name] = kept
-        elif torch.equal(expert[name], expert[kept]):
+        elif torch.equal(expert[name], expert[twin]):
             dropped.add(name)
         else:
             what = f"it is tied to {kept} in the base and holds other values in the expert"

@@ -1,7 +1,8 @@
 """Experts folded into a parent version: a candidate in a folder of its own, made in two passes (`flows.passes`)."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from flows.admission import Admitted
 from flows.config import LineConfig
-from flows.passes import Measures, Serving, fold_once, fold_state, materialise, stats_after
+from flows.passes import Measures, Serving, fold_once, fold_state, materialise, state_parts, stats_after
 from flows.plan import Plan, plan_for
 from flows.pool import devices_of
 from flows.versions import HEADS, STATE_FILE, STATE_FOLDER, Folded, Memory, Version
-from registry.files import hash_tree, read_json, sweep, write_json
+from registry.files import hash_tree, read_json, write_json
 
 if TYPE_CHECKING:
     from merging.measure import Measure
@@ -53,7 +54,7 @@ def fold(
             from flows.cluster import fold_on_cluster
 
             fold_on_cluster(cluster, folder / STATE_FOLDER, scratch / "parts", plan, settings.device)
-        sweep(folder)
+        _clear(folder, {part.file for part in state_parts(plan)})
         measures, serving = _passes(folder, scratch / "parts", plan, devices, progress)
         stats = stats_after(plan, measures)
         _copy_companions(base.folder, parent.folder, folder)
@@ -63,6 +64,16 @@ def fold(
         overlap = summarise(measures[-1])
         write_json(scratch / DONE_FILE, {"files": hash_tree(folder), "overlap": overlap})
     return Candidate(folder, Memory.read(folder), overlap)
+
+
+def _clear(folder: Path, parts: Collection[str]) -> None:
+    """Remove what an interrupted run left, but for finished parts of the state."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            with suppress(OSError):  # it holds parts
+                path.rmdir()
+        elif path.parent != folder / STATE_FOLDER or path.name not in parts:
+            path.unlink()
 
 
 def _passes(

@@ -216,7 +216,10 @@ def fold_part(folder: Path, records: Path, plan: Plan, part: Part, device: str, 
         measures = [{} for _ in plan.experts]
         entries = _entries(plan, part, device, measures, stats, reads)
         sha256 = write_part(folder / part.file, _specs(plan, part), entries)
-        write_json(_record(records, part), {"sha256": sha256, "profile": dict(plan.profile), "measures": measures})
+        write_json(
+            _record(records, part),
+            {"sha256": sha256, "plan": plan.sha256, "profile": dict(plan.profile), "measures": measures},
+        )
     if stats is None:
         return Folded(measures, [])
     slots = Checkpoint.open_file(folder / part.file, "state of the candidate")
@@ -236,7 +239,11 @@ def _recorded(folder: Path, records: Path, part: Part, plan: Plan) -> "list[Meas
     if not path.exists() or not (folder / part.file).exists():
         return None
     facts = read_json(path)
-    if facts["profile"] != dict(plan.profile) or facts["sha256"] != sha256_file(folder / part.file):
+    if (
+        facts.get("plan") != plan.sha256
+        or facts["profile"] != dict(plan.profile)
+        or facts["sha256"] != sha256_file(folder / part.file)
+    ):
         return None
     if [each.keys() for each in facts["measures"]] != [set(part.names)] * len(plan.experts):  # cut in another way
         return None
@@ -363,7 +370,8 @@ def _step(
         update = expert.factors(name) if moved else None
         delta = Factors(*(side.to(device) for side in update)) if update else _nothing(state)
         role = Role(projected=name in plan.kinds.projected)  # factors carry no rounding of the base's storage
-        return fold_factors(method, state, delta, role)
+        after, found = fold_factors(method, state, delta, role)
+        return (after if moved else state), found
     assert base is not None
     whole = {"total": dense(state)} if isinstance(state, Factors) else state
     new = plan.tensor(expert, name).to(device) if moved else base
@@ -443,18 +451,23 @@ def _merged(
 def _merged_variance(
     plan: Plan, slots: "Checkpoint", stats: "Stats", name: str, device: str, ending: "list[Reading]"
 ) -> "Iterator[Tensor]":
-    """A merged running variance, from the merged mean square and the merged mean."""
+    """A merged running variance: of the mean square about the base's mean, less the mean's own move squared."""
     import torch
 
+    from merging.fold import Reading
+    from merging.lowrank import Factors
     from merging.statistics import variance
     from registry.weights import DTYPES
 
-    means: list[Reading] = []
-    moment, mean = (
-        torch.cat(list(_merged(plan, slots, stats, each, device, ended)))
-        for each, ended in ((name, ending), (plan.kinds.variances[name], means))
-    )
-    yield variance(mean, moment).to(DTYPES[plan.base.stored[name].spec.dtype])
+    base, spec = plan.base[name].to(device), plan.base.stored[name].spec
+    moved = []
+    for each in (plan.kinds.variances[name], name):
+        state = state_in(slots, each, plan.method_for(each), device)
+        assert not isinstance(state, Factors), "a vector has no factors"
+        moved.append(torch.zeros_like(base) if state is None else plan.method_for(each).read(state, stats))
+    merged = variance(moved[0], base.double() + moved[1]).to(DTYPES[spec.dtype]) if any(map(torch.any, moved)) else base
+    ending.append(Reading(0.0, 0.0, bool(torch.isfinite(merged).all())))
+    yield merged
 
 
 # what cannot be folded

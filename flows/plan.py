@@ -1,5 +1,7 @@
 """What one pass folds: which tensors, in which form, by which rule, from where. Plain values, for any worker."""
 
+import hashlib
+import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -62,7 +64,8 @@ def _stored_twice(base: "Checkpoint", name: str, kept: str) -> bool:
     """Whether a tied weight lies in the base under both names, with the same values; else it is no tie."""
     import torch
 
-    return name in base and kept in base and torch.equal(base[name], base[kept])
+    both = name in base and kept in base and base.stored[name].spec == base.stored[kept].spec
+    return both and torch.equal(base[name], base[kept])
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,14 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         """Travels between processes without what was worked out from it."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of how each tensor is folded: a part that was made by another plan is not this one's."""
+        kinds = [sorted(self.kinds.projected), sorted(self.kinds.stacked), sorted(self.kinds.means.items())]
+        specs = {key: spec for name in self.names for key, spec in self.slot_specs(name).items()}
+        facts = [self.method, dict(self.parameters), kinds, self.ranks, self.stored, self.stats, self.names, specs]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode()).hexdigest()
 
     @cached_property
     def names_set(self) -> frozenset[str]:
@@ -120,13 +131,17 @@ class Plan:
         return name in self.kinds.means or name in self.kinds.variances
 
     def tensor(self, tensors: "Mapping[str, Tensor]", name: str) -> "Tensor":
-        """A tensor of the base or of an expert as it is folded: in place of a running variance the mean square."""
+        """A tensor of the base or of an expert as it is folded: in place of a running variance the mean square.
+
+        It is taken about the base's mean, so that no small variance is lost beside a large mean.
+        """
         from merging.statistics import second_moment
 
         if name not in self.kinds.variances:
             return tensors[name]
         pair = (self.kinds.variances[name], name)
-        return second_moment(*(tensors[each] if each in tensors else self.base[each] for each in pair))
+        mean, variance = (tensors[each] if each in tensors else self.base[each] for each in pair)
+        return second_moment(mean.double() - self.base[pair[0]].double(), variance)
 
     def is_factored(self, name: str) -> bool:
         """Whether a tensor's total is kept as factors after this pass."""
@@ -163,7 +178,9 @@ def numerics_profile(device: str) -> dict[str, str]:
 
     return {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {platform.machine()}",
+        "device": torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": "1",
         "python": platform.python_version(),
     }
