@@ -32,10 +32,11 @@ from benchmarks.shapes import Architecture, decoder, llama_7b
 from benchmarks.synthetic import DECAY, SPREAD, make
 from benchmarks.telling import document, options, tell, workplace
 from merging import Stats, build
-from merging.fold import drained, fold_tensor, read_pieces, role_of
+from merging.fold import drained, fold_tensor, role_of
 from merging.measure import Measure
 from merging.method import Method, State
 from merging.opcm import project
+from merging.read import read_pieces
 
 T = TypeVar("T")
 Kinds = Sequence[tuple[Sequence[int], bool, int]]  # shape, whether it is projected, how many tensors

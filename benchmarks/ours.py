@@ -13,8 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from flows.fitting import Fitted
+from flows.kinds import Kinds
 from flows.passes import fold_once, fold_state, materialise, stats_after
-from flows.plan import Kinds, Plan, make_plan, state_in
+from flows.plan import Plan, make_plan, state_in
 from flows.pool import devices_of
 from merging import Stats, build
 from merging.lowrank import Factors, dense

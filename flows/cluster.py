@@ -7,9 +7,12 @@ from typing import Any, cast
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
 
-from flows.passes import Folded, Measures, fold_part, state_parts
+from flows.first_pass import Folded, Measures, fold_part
+from flows.parts import state_parts
 from flows.plan import Plan
+from registry.files import shown
 from registry.records import FoldinError, Refusal
 
 
@@ -43,11 +46,15 @@ def fold_on_cluster(scheduler: str, folder: Path, records: Path, plan: Plan, dev
             fold_part_task.submit(part.file, partial(fold_part, folder, records, plan, part, device))
             for part in state_parts(plan)
         ]
+        wait(futures)  # before the first error is raised, so that no worker writes where the next run does
         for future in futures:
             future.result()
 
     try:
         fold_parts()
-    except OSError as error:
+    except FoldinError:
+        raise
+    except Exception as error:  # of Dask, of its network, of a worker that died: none of them is an expert's fault
         what, remedy = "the Dask cluster cannot fold", "start it with workers that see these folders, then run again"
-        raise FoldinError(Refusal("E_SERVER", what, scheduler, found=str(error), remedy=remedy)) from error
+        found = f"{type(error).__name__}: {error}"
+        raise FoldinError(Refusal("E_SERVER", what, scheduler, found=shown(found), remedy=remedy)) from error

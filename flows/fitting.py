@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from flows.kinds import stored_twice
 from flows.versions import Version
 from registry import intake
 from registry.records import Refusal, TensorSpec
@@ -74,6 +75,18 @@ class Fitted(Mapping[str, "Tensor"]):
         from registry.adapters import Adapter
 
         return self.tensors.rank(name) if isinstance(self.tensors, Adapter) and name in self else None
+
+    def rounded_to(self, name: str) -> str:
+        """The dtype that a tensor's values were rounded to; a full checkpoint began as the base, rounded as it is."""
+        import torch
+
+        from registry.adapters import Adapter
+        from registry.weights import DTYPES
+
+        if isinstance(self.tensors, Adapter):
+            return self.tensors.rounded_to(name)
+        both = (self.base.stored[name].spec.dtype, self.tensors.stored[name].spec.dtype)
+        return max(both, key=lambda dtype: torch.finfo(DTYPES[dtype]).eps)
 
     def expect(self, name: str) -> None:
         """Tell the system that a tensor is read soon."""
@@ -169,7 +182,7 @@ def _untied(expert: "Checkpoint", base: "Checkpoint", aliases: Mapping[str, str]
 
     renamed, dropped = dict[str, str](), set[str]()
     for name, kept in aliases.items():
-        if name not in expert or (name in base and not (kept in base and torch.equal(base[name], base[kept]))):
+        if name not in expert or (name in base and not stored_twice(base, name, kept)):
             continue
         twin = kept if kept in expert else next((other for other, to in renamed.items() if to == kept), None)
         if twin is None:
@@ -192,16 +205,15 @@ def _rows(
     lengths = {name: (weights.stored[name].spec.shape[0], expert.stored[name].spec.shape[0]) for name in tables}
     if not tables or (all(own == new for own, new in lengths.values()) and _same_tokenizer(base.folder, files.folder)):
         return {}
+    matched = {own: matched_rows(base.folder, files.folder, own, where) for own in {own for own, _ in lengths.values()}}
     rows: dict[str, tuple[int, ...]] = {}
     for name, (own, new) in lengths.items():
-        found = matched_rows(base.folder, files.folder, own, where)
+        found = matched[own]
         if isinstance(found, Refusal):
             return replace(found, tensor=name)
         if max(found, default=-1) >= new:
-            what, remedy = (
-                "the tokenizer has more tokens than the tensor has rows",
-                "save the tokenizer it was trained with",
-            )
+            what = "the tokenizer has more tokens than the tensor has rows"
+            remedy = "save the tokenizer it was trained with"
             return Refusal("E_VOCABULARY", what, where, "", name, f"{max(found) + 1} rows", f"{new}", remedy)
         if own != new or any(row >= 0 and row != place for place, row in enumerate(found)):
             rows[name] = found

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from flows.admission import Admitted
 from flows.config import LineConfig
-from flows.passes import Measures, Serving, fold_once, fold_state, materialise, state_parts, stats_after
+from flows.first_pass import Measures
+from flows.parts import state_parts
+from flows.passes import Serving, fold_once, fold_state, materialise, stats_after
 from flows.plan import Plan, plan_for
 from flows.pool import devices_of
 from flows.versions import HEADS, STATE_FILE, STATE_FOLDER, Folded, Memory, Version
@@ -70,7 +71,7 @@ def _clear(folder: Path, parts: Collection[str]) -> None:
     """Remove what an interrupted run left, but for finished parts of the state."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
-            with suppress(OSError):  # it holds parts
+            if not any(path.iterdir()):
                 path.rmdir()
         elif path.parent != folder / STATE_FOLDER or path.name not in parts:
             path.unlink()

@@ -3,69 +3,26 @@
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from flows.admission import Admitted
 from flows.config import LineConfig
 from flows.fitting import Fitted
+from flows.kinds import Kinds, kinds_of
 from flows.versions import Version
 from registry.records import FoldinError, Refusal, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evaluation.architecture import Anatomy
     from merging.lowrank import Factors
     from merging.method import Method, Role, State
     from registry.weights import Checkpoint
 
 LEFT, RIGHT = "left", "right"  # what the factors of a slot are called beside it: NAME:SLOT.left
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """What is done with which of the base's tensors; all others of floats are folded entry by entry."""
-
-    projected: frozenset[str]  # matrices, (out, in) or (out, ...)
-    stacked: frozenset[str] = frozenset()  # those of `projected` that hold one matrix per index of the first axis
-    means: Mapping[str, str] = field(default_factory=dict)  # running mean of a batch norm -> its running variance
-    untouched: frozenset[str] = frozenset()  # stay the base's: what the model computes itself
-    same: Mapping[str, str] = field(default_factory=dict)  # tied weights stored twice -> the folded one
-
-    @cached_property
-    def variances(self) -> Mapping[str, str]:
-        """Running variance -> the running mean beside it."""
-        return {variance: mean for mean, variance in self.means.items()}
-
-
-def kinds_of(settings: LineConfig, base: "Checkpoint", anatomy: "Anatomy") -> Kinds:
-    """What the architecture and the line's patterns say about the base's tensors."""
-
-    def named(name: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-    linear = {name for name in anatomy.linear | anatomy.stacked if not named(name, settings.plain)}
-    asked = {name for name in base if len(base.stored[name].spec.shape) > 1 and named(name, settings.project)}
-    return Kinds(
-        projected=frozenset(linear | asked),
-        stacked=anatomy.stacked,
-        means=anatomy.means,
-        untouched=anatomy.derived,
-        same={name: kept for name, kept in anatomy.aliases.items() if _stored_twice(base, name, kept)},
-    )
-
-
-def _stored_twice(base: "Checkpoint", name: str, kept: str) -> bool:
-    """Whether a tied weight lies in the base under both names, with the same values; else it is no tie."""
-    import torch
-
-    both = name in base and kept in base and base.stored[name].spec == base.stored[kept].spec
-    return both and torch.equal(base[name], base[kept])
 
 
 @dataclass(frozen=True)
@@ -83,7 +40,6 @@ class Plan:
     stored: tuple[Mapping[str, str], ...]  # per expert: tensor -> the coarsest dtype so far, where not the base's
     ranks: Mapping[str, tuple[int, ...]]  # per tensor whose total is kept as factors: its rank after each expert; -1
     # from where on it is kept as a matrix. All others are kept as they are.
-    device: str = "cpu"  # cpu, cuda (every GPU) or cuda:N
     profile: Mapping[str, str] = field(default_factory=dict)  # of the process that made the plan
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,13 +194,13 @@ def make_plan(
 ) -> Plan:
     """A plan from its parts: names, dtypes and ranks follow from what the experts and the slots hold."""
     experts = tuple(_with_moments(expert, kinds) for expert in experts)
-    touched = {key.rpartition(":")[0] for key in slots or ()}.union(*(expert.moved for expert in experts))
+    touched = _touched(slots).union(*(expert.moved for expert in experts))
     names = tuple(name for name in base.stored if name in touched and _is_folded(base, name, kinds))
-    profile = numerics_profile(device)
-    plan = Plan(method, dict(parameters), base, slots, experts, kinds, stats, names, (), {}, device, profile)
-    steps: list[Mapping[str, str]] = []
-    for number, expert in enumerate(experts):
-        steps.append(_coarsest(base, steps[-1] if steps else stored or {}, expert, stats[0] + number > 0))
+    plan = Plan(method, dict(parameters), base, slots, experts, kinds, stats, names, (), {}, numerics_profile(device))
+    steps, before = list[Mapping[str, str]](), _touched(slots)
+    for expert in experts:
+        steps.append(_coarsest(base, steps[-1] if steps else stored or {}, expert, before))
+        before |= expert.moved
     ranks = {name: _ranks(plan, name) for name in names if plan.rule.additive}
     factored = {name: each for name, each in ranks.items() if max(_rank_before(plan, name), *each) > 0}
     return replace(plan, stored=tuple(steps), ranks=factored)
@@ -262,27 +218,28 @@ def _is_folded(base: "Checkpoint", name: str, kinds: Kinds) -> bool:
     return is_folded(DTYPES[base.stored[name].spec.dtype]) and name not in kinds.untouched and name not in kinds.same
 
 
-def _coarsest(base: "Checkpoint", earlier: Mapping[str, str], expert: Fitted, later: bool) -> dict[str, str]:
-    """Per tensor the coarsest dtype that experts stored it in, where that is not the base's.
+def _touched(slots: "Checkpoint | None") -> frozenset[str]:
+    """Names of the tensors that somebody moved before."""
+    return frozenset(key.rpartition(":")[0] for key in slots or ())
 
-    A full checkpoint is as coarse as the base at least; the factors of an adapter carry none of its rounding.
-    """
+
+def _coarsest(
+    base: "Checkpoint",
+    earlier: Mapping[str, str],  # what this was before the expert
+    expert: Fitted,
+    before: Collection[str],  # what others moved
+) -> dict[str, str]:
+    """Per tensor the coarsest dtype that those who moved it rounded it to, where that is not the base's."""
     import torch
 
     from registry.weights import DTYPES
-
-    def step(dtype: str) -> float:
-        return float(torch.finfo(DTYPES[dtype]).eps)
 
     stored = dict(earlier)
     for name in expert.moved:
         if name not in base or name not in expert or not DTYPES[expert.specs[name].dtype].is_floating_point:
             continue
-        own = base.stored[name].spec.dtype
-        given = expert.specs[name].dtype
-        coarse = given if expert.rank(name) is not None else max(own, given, key=step)
-        known = [stored.get(name, own)] if later else []
-        stored[name] = max([coarse, *known], key=step)
+        known = [stored.get(name, base.stored[name].spec.dtype)] if name in before else []
+        stored[name] = max([expert.rounded_to(name), *known], key=lambda dtype: torch.finfo(DTYPES[dtype]).eps)
     return {name: dtype for name, dtype in stored.items() if dtype != base.stored[name].spec.dtype}
 
 
@@ -305,46 +262,6 @@ def _rank_before(plan: Plan, name: str) -> int:
         return 0
     key = f"{name}:total.{LEFT}"
     return plan.slots.stored[key].spec.shape[1] if key in plan.slots else -1
-
-
-def parts_of(plan: Plan, target: int) -> tuple[tuple[str, ...], ...]:
-    """The names of the plan cut into parts of about equal cost, as many as there are `target` bytes of state.
-
-    The cut depends on the model alone, never on the number of workers, so that a state's files do not either.
-    """
-    sizes = {name: sum(4 * prod(spec.shape) for spec in plan.slot_specs(name).values()) for name in plan.names}
-    costs = {name: cost(plan, name) for name in plan.names}
-    count = max(1, min(MOST_PARTS, round(sum(sizes.values()) / target)))
-    return tuple(_cut(plan.names, costs, count))
-
-
-MOST_PARTS = 256
-
-
-def cost(plan: Plan, name: str) -> float:
-    """What folding one tensor takes, in multiply-adds of float64 products; entries count as 50 for being moved."""
-    shape = plan.base.stored[name].spec.shape
-    moved = 50.0 * sum(prod(spec.shape) for spec in plan.slot_specs(name).values()) + 10.0 * prod(shape)
-    if name not in plan.kinds.projected or plan.is_factored(name):
-        return moved
-    stacks, rows, columns = (shape[0], *shape[1:]) if name in plan.kinds.stacked else (1, shape[0], prod(shape[1:]))
-    short, long = min(rows, columns), max(rows, columns)
-    return moved + len(plan.experts) * stacks * (8.0 * short**3 + 3.0 * long * short**2)
-
-
-def _cut(names: Sequence[str], costs: Mapping[str, float], count: int) -> Iterable[tuple[str, ...]]:
-    """At most `count` runs of names; a run ends where the cost so far passes its share."""
-    share, spent, run = sum(costs.values()) / count, 0.0, list[str]()
-    ends = 1
-    for name in names:
-        run.append(name)
-        spent += costs[name]
-        if spent >= share * ends * (1 - 1e-9) and ends < count:
-            yield tuple(run)
-            run = []
-            ends = max(ends, int(spent / share)) + 1
-    if run:
-        yield tuple(run)
 
 
 def _check_method(settings: LineConfig, parent: Version) -> None:

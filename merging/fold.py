@@ -1,31 +1,29 @@
-"""One expert into the running model, tensor by tensor: the only place where `expert - base` and `base +` are computed.
+"""One expert into the running model, tensor by tensor: the only place where `expert - base` is computed.
 
->>> base, expert = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([1.0, 3.0])}
->>> merge(base, [expert, expert], "average", projected=[])["w"]
-tensor([1., 3.])
+>>> from merging.arithmetic import average
+>>> base, expert = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 3.0])
+>>> state, found = fold_tensor(average(), base, None, expert, Role())
+>>> state["total"], found.delta_norm
+(tensor([0., 2.]), 2.0)
 """
 
 import math
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Generator, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from merging.catalogue import build
-from merging.check import check_schema
 from merging.measure import Measure, blocks, measure, measured, products, products_of_sum, quadrature, scratch
 from merging.method import MergeError, Method, Role, State, Stats
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def is_folded(value: Tensor | torch.dtype) -> bool:
     """Whether tensors of this dtype are folded: floats are, integers and booleans stay as they are in the base."""
     return (value if isinstance(value, torch.dtype) else value.dtype).is_floating_point
-
-
-def is_trivial(state: State) -> bool:
-    """Whether every slot is zero, so that dropping the state changes no result."""
-    return not any(bool(slot.any()) for slot in state.values())
 
 
 def role_of(
@@ -71,7 +69,7 @@ def fold_tensor(
     """
     if not role.projected:
         pieces, (found,) = drained(fold_pieces(method, base, state, [expert]))
-        return {name: _whole([piece[name] for piece in pieces], base) for name in pieces[0]}, found
+        return {name: whole([piece[name] for piece in pieces], base) for name in pieces[0]}, found
     _check_pair(expert, base)
     delta = _subtract(expert, base)
     after = method.fold(method.init(base) if state is None else state, delta, role)
@@ -98,7 +96,7 @@ def fold_pieces(
         _check_pair(expert, base)
     old, news = base.detach().reshape(-1), [expert.detach().reshape(-1) for expert in experts]
     earlier = None if state is None else {name: slot.reshape(-1) for name, slot in state.items()}
-    given, room = scratch(old, 2, _wide(base, *experts)), scratch(old, 3)
+    given, room = scratch(old, 2, wide(base, *experts)), scratch(old, 3)
     sums = torch.zeros(len(news), 6, dtype=torch.float64, device=base.device)
     inner = products_of_sum if method.additive else products
     for part in blocks(old):
@@ -144,82 +142,6 @@ def advance(stats: Stats, measures: Iterable[Measure]) -> Stats:
     )
 
 
-class Reading(NamedTuple):
-    """What came of reading a merged tensor."""
-
-    moved: float  # Frobenius norm of what was added to the base, weight units
-    lost: float  # Frobenius norm of what the cast to the base's dtype took away, weight units
-    finite: bool  # whether every merged value is; a cast can overflow
-
-
-def read_tensor(method: Method, base: Tensor, state: State | None, stats: Stats) -> tuple[Tensor, Reading]:
-    """The merged tensor: base + read(state, stats), computed in float32 or wider, cast once to the dtype of base.
-
-    A new tensor with the base's values where no expert moved anything (state None or all zero).
-    """
-    pieces, found = drained(read_pieces(method, base, state, stats))
-    return _whole(pieces, base), found
-
-
-def read_pieces(method: Method, base: Tensor, state: State | None, stats: Stats) -> Generator[Tensor, None, Reading]:
-    """The merged tensor piece by piece, flat, in the order of its entries; returns what came of it."""
-    old = base.detach().reshape(-1)
-    if state is None:
-        yield from (old[part].clone() for part in blocks(old))
-        return Reading(0.0, 0.0, True)
-    slots = {name: slot.reshape(-1) for name, slot in state.items()}
-    whole = None if method.entrywise else method.read(state, stats).reshape(-1)
-    room, sums = reading_room(old), torch.zeros(3, dtype=torch.float64, device=base.device)
-    for part in blocks(old):
-        update = (
-            method.read({name: slot[part] for name, slot in slots.items()}, stats) if whole is None else whole[part]
-        )
-        merged, found = merged_piece(old[part], update, room)
-        sums += found
-        yield merged
-    return reading_of(sums)
-
-
-def merged_piece(base: Tensor, update: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """base + update in the dtype of base, (n,), and what `reading_of` takes the sum of.
-
-    Args:
-        base: (n,), any float dtype.
-        update: what to add to it, (n,), float32.
-        room: `reading_room` of the tensor, written over.
-    """
-    if not _reach(update):  # adding zeros would turn -0.0 into 0.0
-        return base.clone(), torch.zeros(3, dtype=torch.float64, device=base.device)
-    exact, cast = room[:, : len(base)]
-    merged = exact.copy_(base).add_(update).to(base.dtype, copy=True)
-    lost = exact.sub_(cast.copy_(merged))
-    # The last is 0 where every value is finite.
-    return merged, torch.stack([(update @ update).double(), (lost @ lost).double(), _reach(cast).double() * 0])
-
-
-def reading_room(base: Tensor) -> Tensor:
-    """What `merged_piece` computes in."""
-    return scratch(base, 2, _wide(base))
-
-
-def reading_of(sums: Tensor) -> Reading:  # (3,), float64
-    """What came of reading a tensor, from all its pieces."""
-    moved, lost, check = sums.tolist()
-    return Reading(math.sqrt(moved), math.sqrt(lost), check == 0)
-
-
-def _reach(values: Tensor) -> Tensor:  # (n,) -> (), 0 only where all are 0, NaN or infinite where one of them is
-    """The largest distance between two of the values and 0."""
-    if not len(values):
-        return values.new_zeros(())
-    least, most = torch.aminmax(values)
-    return torch.maximum(most, -least)
-
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
 def drained(pieces: Generator[T, None, R]) -> tuple[list[T], R]:
     """All that a generator yields, and what it returns."""
     items: list[T] = []
@@ -230,68 +152,9 @@ def drained(pieces: Generator[T, None, R]) -> tuple[list[T], R]:
             return items, end.value
 
 
-def _whole(pieces: Sequence[Tensor], base: Tensor) -> Tensor:
+def whole(pieces: Sequence[Tensor], base: Tensor) -> Tensor:
+    """A tensor of the shape of base from its pieces."""
     return torch.cat(list(pieces)).reshape(base.shape)
-
-
-def merge(
-    base: Mapping[str, Tensor],
-    experts: Iterable[Mapping[str, Tensor]],  # names and shapes of base; what one lacks it left unchanged
-    method: str = "opcm",
-    *,
-    projected: Collection[str],  # names of the linear weights, each (out, in)
-    **parameters: object,  # of the method
-) -> dict[str, Tensor]:
-    """The base with all experts folded in, in the given order; names, shapes and dtypes of base, new tensors.
-
-    Raises:
-        MergeError: an unknown method, parameter or projected name, or an expert that does not fit the base.
-    """
-    rule, stats = build(method, parameters), Stats()
-    _check_names(projected, base)
-    states: dict[str, State | None] = dict.fromkeys(name for name in base if is_folded(base[name]))
-    coarsest = {name: base[name].dtype for name in states}
-    for number, expert in enumerate(experts, start=1):
-        _check_expert(base, expert, number)
-        measures = []
-        for name, state in states.items():
-            given = expert.get(name, base[name])
-            coarsest[name] = max(coarsest[name], given.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-            try:
-                role = role_of(base[name], name in projected, stats.count, coarsest[name])
-                states[name], found = fold_tensor(rule, base[name], state, given, role)
-            except MergeError as error:
-                raise MergeError(f"expert {number}, tensor {name!r}: {error}") from error
-            measures.append(found)
-        stats = advance(stats, measures)
-    return {name: _merged(rule, tensor, states.get(name), stats) for name, tensor in base.items()}
-
-
-def _merged(method: Method, base: Tensor, state: State | None, stats: Stats) -> Tensor:
-    return read_tensor(method, base, state, stats)[0] if is_folded(base) else base.detach().clone()
-
-
-class _Spec(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def _specs(tensors: Mapping[str, Tensor]) -> dict[str, _Spec]:
-    return {name: _Spec(str(one.dtype).removeprefix("torch."), tuple(one.shape)) for name, one in tensors.items()}
-
-
-def _check_names(projected: Collection[str], base: Mapping[str, Tensor]) -> None:
-    unknown = sorted(set(projected) - set(base))
-    if unknown:
-        raise MergeError(f"projected names {unknown} are not in the base; name its linear weights as it does")
-
-
-def _check_expert(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], number: int) -> None:
-    findings = check_schema(_specs(base), _specs(expert), heads=lambda name: False)
-    if findings:
-        _, tensor, what, expected, found = findings[0]
-        problem = f"expert {number}, tensor {tensor!r}: {what}; expected {expected}, found {found}"
-        raise MergeError(f"{problem} (problem 1 of {len(findings)}); pass the base's tensors only, from this base")
 
 
 def _check_pair(expert: Tensor, base: Tensor) -> None:
@@ -302,10 +165,10 @@ def _check_pair(expert: Tensor, base: Tensor) -> None:
 
 def _subtract(expert: Tensor, base: Tensor) -> Tensor:
     """expert - base in float32 or wider, as float32, contiguous."""
-    return (expert.detach().to(_wide(expert, base)) - base.detach()).float().contiguous()
+    return (expert.detach().to(wide(expert, base)) - base.detach()).float().contiguous()
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
+def wide(*tensors: Tensor) -> torch.dtype:
     """The dtype in which these are computed with: float32, or float64 where one of them is."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 

@@ -124,6 +124,15 @@ class Adapter(Mapping[str, Tensor]):
         down = EMBEDDING[0] if EMBEDDING[0] in update.keys else FACTORS[0]
         return self.stored.stored[update.keys[down]].spec.shape[0]
 
+    def rounded_to(self, name: str) -> str:
+        """The dtype that a tensor's values were rounded to: of what was stored in place of the base's; else F32.
+
+        What is added to the base as a product carries no rounding of the weights. Raises KeyError as `[name]`.
+        """
+        keys = self.updates[name].keys
+        instead = next((keys[role] for role in ("whole", TOKENS) if role in keys), None)
+        return "F32" if instead is None else self.stored.stored[instead].spec.dtype
+
     def _start(self, name: str) -> Tensor:
         """What the update is added to: the base's tensor, or the one that the adapter brought in its place."""
         update = self.updates[name]

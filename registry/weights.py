@@ -78,16 +78,18 @@ class Checkpoint(Mapping[str, Tensor]):
         return {file: tuple(names) for file, names in files.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor. Raises KeyError for an unknown name, FoldinError E_FORMAT where the file has changed."""
+        """Read one tensor. Raises KeyError for an unknown name, FoldinError E_FORMAT where the file has changed.
+
+        An OSError (too many open files, a disk that fails) says nothing against the file, and is left as it is.
+        """
         file, stored_name, spec, *_ = self.stored[name]
         place = Place(self.where, file, "restore the file, then run again")
         try:
             with safe_open(self.folder / file, framework="pt", device="cpu") as tensors:
                 tensor: Tensor = tensors.get_tensor(stored_name)
-        except (SafetensorError, OSError) as error:
-            raise place.refuse(
-                "E_FORMAT", "the tensor cannot be read any more", found=str(error), tensor=name
-            ) from error
+        except (SafetensorError, FileNotFoundError) as error:
+            what = "the tensor cannot be read any more"
+            raise place.refuse("E_FORMAT", what, found=str(error), tensor=name) from error
         check_spec(tensor, spec, place, name)
         return tensor
 
@@ -148,7 +150,9 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 over a tensor's dtype, shape and little-endian bytes; where it is stored does not matter."""
-    return digest_of(spec_of(tensor), raw_bytes(tensor))
+    digest = start_digest(spec_of(tensor))
+    digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def content_sha256(
@@ -186,13 +190,6 @@ def check_spec(tensor: Tensor, spec: TensorSpec, place: Place, name: str) -> Non
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes in row-major order, without a copy where it lies so in CPU memory."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def digest_of(spec: TensorSpec, raw: memoryview) -> str:
-    """`tensor_sha256` from what it is made of."""
-    digest = start_digest(spec)
-    digest.update(raw)
-    return digest.hexdigest()
 
 
 def start_digest(spec: TensorSpec) -> "hashlib._Hash":

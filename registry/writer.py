@@ -14,7 +14,7 @@ from torch import Tensor
 from registry.files import Place, canonical_json, replacing, write_atomic
 from registry.headers import BYTES, PART, SHARD, check_header
 from registry.records import TensorSpec
-from registry.weights import DTYPES, check_spec, combined_sha256, digest_of, raw_bytes
+from registry.weights import DTYPES, check_spec, raw_bytes
 
 INDEX = "model.safetensors.index.json"
 
@@ -24,14 +24,6 @@ class Entry(NamedTuple):
 
     name: str
     tensor: Tensor
-
-
-class Written(NamedTuple):
-    """What was written, by digest (SHA-256, 64 hex digits)."""
-
-    files: dict[str, str]  # file name -> digest of its bytes
-    tensors: dict[str, str]  # tensor name -> digest of its dtype, shape and bytes
-    sha256: str  # the checkpoint's content digest
 
 
 def plan_layout(specs: Mapping[str, TensorSpec], max_bytes: int = 5 * 10**9) -> dict[str, tuple[str, ...]]:
@@ -96,23 +88,26 @@ def write_checkpoint(
     tensors: Callable[[str], Tensor],  # by name
     *,
     layout: Mapping[str, Sequence[str]],  # file name -> tensor names in file order; each tensor in one file
-    metadata: Mapping[str, str] | None = None,  # None: {"format": "pt"}, which transformers asks for
-) -> Written:
+) -> dict[str, str]:
     """Write a checkpoint, holding one tensor at a time; with several files the index gets its name last.
 
-    The same tensors, layout and metadata give the same bytes. Nothing stays behind when something goes wrong.
+    The same tensors and layout give the same bytes. Nothing stays behind when something goes wrong.
+
+    Returns:
+        File name -> SHA-256 of its bytes.
 
     Raises:
         FoldinError: E_SCHEMA for a tensor unlike its spec or a layout unlike the specs, E_DISK, or as `check_header`.
     """
-    text = {"format": "pt"} if metadata is None else metadata
-    files: dict[str, str] = {}
-    digests: dict[str, str] = {}
-    with _opening(folder, specs, layout) as opened:
-        for file, names in layout.items():
-            chosen, place = {name: specs[name] for name in names}, Place(str(folder), file)
-            files[file] = _write_file(opened(file), chosen, tensors, text, place, digests)
-    return Written(files, digests, combined_sha256(digests))
+
+    def entry(name: str, file: str) -> Entry:
+        tensor = tensors(name)
+        check_spec(tensor, specs[name], Place(str(folder), file), name)
+        return Entry(name, tensor)
+
+    return write_stream(
+        folder, specs, (entry(name, file) for file, names in layout.items() for name in names), layout=layout
+    )
 
 
 @contextmanager
@@ -130,7 +125,7 @@ def _opening(
 def _write_pieces(
     target: BinaryIO, specs: Mapping[str, TensorSpec], entries: Iterator[Entry], place: Place
 ) -> str:  # specs: in file order
-    header = _header(specs, {"format": "pt"}, place)
+    header = _header(specs, place)
     whole = hashlib.sha256(header)
     target.write(header)
     for name, spec in specs.items():
@@ -144,6 +139,7 @@ def _write_pieces(
             target.write(raw)
             whole.update(raw)
             missing -= len(raw)
+            del tensor, raw  # before the next one is made
     return whole.hexdigest()
 
 
@@ -155,34 +151,9 @@ def _check_end(entries: Iterator[Entry], place: Place) -> None:
         raise at.refuse("E_SCHEMA", "there are more tensors than the layout has", tensor=extra.name)
 
 
-def _write_file(
-    target: BinaryIO,
-    specs: Mapping[str, TensorSpec],  # in file order
-    fetch: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-    place: Place,
-    digests: dict[str, str],  # gets the tensors' digests
-) -> str:
-    header = _header(specs, metadata, place)
-    whole = hashlib.sha256(header)
-    target.write(header)
-
-    def put(name: str, spec: TensorSpec) -> None:  # a function, so that a tensor is dropped before the next is made
-        tensor = fetch(name)
-        check_spec(tensor, spec, place, name)
-        raw = raw_bytes(tensor)
-        target.write(raw)
-        whole.update(raw)
-        digests[name] = digest_of(spec, raw)
-
-    for name, spec in specs.items():
-        put(name, spec)
-    return whole.hexdigest()
-
-
-def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], place: Place) -> bytes:
+def _header(specs: Mapping[str, TensorSpec], place: Place) -> bytes:
     """The length and the header, padded with spaces to 8 bytes; held to the same rules as a header that is read."""
-    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
     end = 0
     for name, spec in specs.items():
         begin, end = end, end + _size(spec)

@@ -195,9 +195,9 @@ def test_a_batch_of_adapters_alone_is_byte_for_byte_one_pass_each(zoo, bare_line
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_the_number_of_workers_changes_no_byte_of_factors(zoo, bare_line, monkeypatch, workers):
-    from flows import passes
+    from flows import parts
 
-    monkeypatch.setattr(passes, "PART_BYTES", 1024)
+    monkeypatch.setattr(parts, "PART_BYTES", 1024)
     lines = [bare_line(zoo.base, devices=("cpu",) * number) for number in (1, workers)]
     done = [line.fold(*zoo.adapters[:2]) for line in lines]
     assert len(done[0].bytes) > 2

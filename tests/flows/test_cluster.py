@@ -13,7 +13,7 @@ pytestmark = pytest.mark.integration
 import dask  # noqa: E402
 from distributed import LocalCluster  # noqa: E402
 
-from flows import passes  # noqa: E402
+from flows import first_pass, parts  # noqa: E402
 from flows.admission import Admitted  # noqa: E402
 from flows.cluster import fold_on_cluster  # noqa: E402
 from flows.folding import fold  # noqa: E402
@@ -33,7 +33,7 @@ def scheduler(prefect):
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch):
-    monkeypatch.setattr(passes, "PART_BYTES", 16 * 1024)
+    monkeypatch.setattr(parts, "PART_BYTES", 16 * 1024)
 
 
 def admitted(line, folder):
@@ -64,17 +64,17 @@ def test_the_work_is_done_on_the_cluster(zoo, bare_line, scheduler, monkeypatch)
     """This process only finds the parts that are there."""
     line = bare_line(zoo / "base")
     plan = line.plan(zoo / "expert-1")
-    passes.state_parts(plan)  # a plan that was used travels too
+    parts.state_parts(plan)  # a plan that was used travels too
     fold_on_cluster(scheduler, line.root / "state-0", line.root / "records-0", plan, "cpu")
 
     def never(*arguments):
         raise AssertionError("folded here")
 
-    monkeypatch.setattr(passes, "_step", never)
-    monkeypatch.setattr(passes, "_fold_pieces", never)
+    monkeypatch.setattr(first_pass, "_step", never)
+    monkeypatch.setattr(first_pass, "_fold_pieces", never)
     done = line.run(plan)
     monkeypatch.undo()
-    monkeypatch.setattr(passes, "PART_BYTES", 16 * 1024)
+    monkeypatch.setattr(parts, "PART_BYTES", 16 * 1024)
     assert done.bytes == bare_line(zoo / "base").run(plan).bytes
 
 
@@ -93,7 +93,7 @@ def test_a_cluster_is_used_from_within_a_task(zoo, bare_line, scheduler, tmp_pat
         inner()
 
     outer()
-    assert {path.name for path in folders[0].iterdir()} == {part.file for part in passes.state_parts(plan)}
+    assert {path.name for path in folders[0].iterdir()} == {part.file for part in parts.state_parts(plan)}
 
 
 def test_a_scheduler_that_does_not_answer_is_said(zoo, bare_line, prefect, tmp_path):

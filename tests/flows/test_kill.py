@@ -239,7 +239,7 @@ def test_killed_at_every_step_it_ends_as_if_nothing_had_happened(stocked, foldin
         ("merging.fold", "fold_tensor", "after", 5),
         ("registry.ledger", "Ledger.commit", "after", 1),
         # the second
-        ("merging.fold", "read_tensor", "before", 7),
+        ("flows.second_pass", "read_tensor", "before", 7),
         ("flows.merge", "score_models", "before", 1),
         ("registry.mlflow_store", "MlflowStore.point_champion", "after", 1),
         # the third

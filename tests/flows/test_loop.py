@@ -376,7 +376,7 @@ def test_a_ledger_that_does_not_know_the_model_moves_nothing(at, zoo):
 
 
 def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_is(at, zoo, monkeypatch):
-    from flows import merge, passes, plan
+    from flows import first_pass, merge, plan
 
     look(at)
     register(at, zoo / "expert-1", "task-1")
@@ -387,7 +387,7 @@ def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_
         look(at)
     monkeypatch.undo()
     other = {**plan.numerics_profile("cpu"), "threads": "999"}
-    for module in (plan, passes):
+    for module in (plan, first_pass):
         monkeypatch.setattr(module, "numerics_profile", lambda device: other)
     shutil.rmtree(at.work("tiny"))
     assert [(each["state"], each["version"]) for each in look(at)] == [("folded", 2)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flows import passes
+from flows import first_pass, parts, passes, second_pass
 from flows.fitting import Fitted
 from registry import writer
 from registry.files import hash_tree
@@ -40,7 +40,7 @@ def team(zoo, tmp_path_factory):
 @pytest.fixture
 def small_parts(monkeypatch):
     """So little state in a part that the tiny model has several."""
-    monkeypatch.setattr(passes, "PART_BYTES", 16 * 1024)
+    monkeypatch.setattr(parts, "PART_BYTES", 16 * 1024)
 
 
 # many experts in one pass
@@ -108,7 +108,7 @@ def test_the_number_of_workers_changes_no_byte(zoo, team, bare_line, small_parts
 def test_how_the_state_is_cut_changes_no_tensor_and_no_number(zoo, team, bare_line, monkeypatch):
     whole = bare_line(zoo / "base")
     done = [whole.fold(*team)]
-    monkeypatch.setattr(passes, "PART_BYTES", 16 * 1024)
+    monkeypatch.setattr(parts, "PART_BYTES", 16 * 1024)
     cut = bare_line(zoo / "base", devices=("cpu",) * 2)
     done.append(cut.fold(*team))
     assert done[0].bytes.keys() == {"model.safetensors"}
@@ -120,19 +120,17 @@ def test_how_the_state_is_cut_changes_no_tensor_and_no_number(zoo, team, bare_li
 
 
 def test_the_parts_cost_about_the_same(zoo, team, bare_line, small_parts):
-    from flows.plan import cost
-
     plan = bare_line(zoo / "base").plan(*team)
-    parts = passes.state_parts(plan)
-    assert [name for part in parts for name in part.names] == list(plan.names)
-    costs = [sum(cost(plan, name) for name in part.names) for part in parts]
+    cut = parts.state_parts(plan)
+    assert [name for part in cut for name in part.names] == list(plan.names)
+    costs = [sum(parts.cost(plan, name) for name in part.names) for part in cut]
     assert max(costs) < 2.5 * sum(costs) / len(costs)
 
 
 def test_progress_is_told_in_tensors(zoo, team, bare_line, small_parts, tmp_path):
     plan, told = bare_line(zoo / "base").plan(team[1]), []
     passes.fold_state(tmp_path / "state", tmp_path / "records", plan, ("cpu",), lambda *each: told.append(each))
-    assert len(told) == len(passes.state_parts(plan))
+    assert len(told) == len(parts.state_parts(plan))
     assert told == sorted(told)
     assert told[-1] == (len(plan.names), len(plan.names))
 
@@ -151,7 +149,7 @@ def folds(monkeypatch):
     class Folds(list):
         limit = 10**9
 
-    folds, original = Folds(), passes._step
+    folds, original = Folds(), first_pass._step
 
     def counted(plan, name, number, *rest):
         if len(folds) >= folds.limit:
@@ -159,7 +157,7 @@ def folds(monkeypatch):
         folds.append(name)
         return original(plan, name, number, *rest)
 
-    monkeypatch.setattr(passes, "_step", counted)
+    monkeypatch.setattr(first_pass, "_step", counted)
     return folds
 
 
@@ -201,9 +199,9 @@ def interrupted(line, expert, folds, left=None):
 def test_the_second_run_folds_only_what_the_first_did_not_finish(zoo, team, bare_line, small_parts, folds):
     line = bare_line(zoo / "base")
     plan, expected, every = interrupted(line, team[1], folds)
-    left, parts = line.root / "state-0", passes.state_parts(plan)
-    finished = [part for part in parts if (left / part.file).exists()]
-    assert 0 < len(finished) < len(parts)
+    left, cut = line.root / "state-0", parts.state_parts(plan)
+    finished = [part for part in cut if (left / part.file).exists()]
+    assert 0 < len(finished) < len(cut)
     assert not unfinished(line.root)
     assert not (left / writer.INDEX).exists()
     kept = {name for part in finished for name in part.names}
@@ -257,7 +255,7 @@ def test_a_part_that_is_not_what_its_record_says_is_made_again(zoo, team, bare_l
     plan = line.plan(team[1])
     first = line.run(plan)
     bytes_before = first.bytes
-    part = passes.state_parts(plan)[1]
+    part = parts.state_parts(plan)[1]
     spoil(first.folder, first.records, part.file)
     folds.clear()
     again = line.run(plan)
@@ -287,10 +285,10 @@ def test_a_worker_of_another_kind_is_refused(zoo, team, bare_line):
 KILLED = """
 import os, pickle, signal, sys
 from pathlib import Path
-from flows import passes
+from flows import first_pass, parts, passes
 
 root, plan = Path(sys.argv[1]), pickle.loads(Path(sys.argv[2]).read_bytes())
-passes.PART_BYTES, limit, original, calls = 16 * 1024, int(sys.argv[3]), passes._step, []
+parts.PART_BYTES, limit, original, calls = 16 * 1024, int(sys.argv[3]), first_pass._step, []
 
 def counted(*arguments):
     calls.append(arguments[1])
@@ -298,7 +296,7 @@ def counted(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 
-passes._step = counted
+first_pass._step = counted
 passes.fold_state(root / "state-0", root / "records-0", plan, ("cpu",))
 print(len(calls))
 """
@@ -319,7 +317,7 @@ def test_a_kill_in_the_middle_of_a_part_resumes_to_the_same_bytes(zoo, team, bar
 
     assert life(matrices // 2).returncode == -signal.SIGKILL
     assert unfinished(line.root)
-    assert any((line.root / "state-0" / part.file).exists() for part in passes.state_parts(plan))
+    assert any((line.root / "state-0" / part.file).exists() for part in parts.state_parts(plan))
     second = life(10**9)
     assert (second.returncode, second.stderr) == (0, "")
     assert matrices // 2 <= int(second.stdout) < matrices
@@ -477,7 +475,8 @@ def test_too_little_memory_names_the_tensor_and_blames_no_expert(zoo, team, bare
     def greedy(*arguments):
         return torch.empty(2**46)  # more than a process can address
 
-    monkeypatch.setattr(passes, "_step" if step == "first pass" else "state_in", greedy)
+    module, called = (first_pass, "_step") if step == "first pass" else (second_pass, "state_in")
+    monkeypatch.setattr(module, called, greedy)
     with pytest.raises(FoldinError, match="too little memory") as caught:
         line.run(line.plan(team[1])) if step == "first pass" else line.serve(done.plan)
     assert caught.value.refusal.code == "E_MEMORY"
@@ -546,7 +545,7 @@ def test_one_pass_goes_on_from_finished_parts(zoo, team, bare_line, small_parts,
     line = bare_line(zoo / "base", method="average")
     plan = line.plan(*team[:2])
     wanted = once(line, plan, "whole")
-    original, made = passes._fold_pieces, []
+    original, made = first_pass._fold_pieces, []
 
     def dying(plan, name, *rest):
         made.append(name)
@@ -554,14 +553,14 @@ def test_one_pass_goes_on_from_finished_parts(zoo, team, bare_line, small_parts,
             raise OSError("the machine goes down")
         return original(plan, name, *rest)
 
-    monkeypatch.setattr(passes, "_fold_pieces", dying)
+    monkeypatch.setattr(first_pass, "_fold_pieces", dying)
     with pytest.raises(OSError, match="goes down"):
         once(line, plan, "broken")
     assert not (line.root / "broken-serving" / "model.safetensors").exists()
     assert not list(line.root.rglob("*.tmp"))
     made.clear()
     monkeypatch.setattr(
-        passes, "_fold_pieces", lambda plan, name, *rest: made.append(name) or original(plan, name, *rest)
+        first_pass, "_fold_pieces", lambda plan, name, *rest: made.append(name) or original(plan, name, *rest)
     )
     again = once(line, plan, "broken")
     assert 0 < len(made) < len(plan.names)

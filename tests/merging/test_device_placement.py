@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from merging import METHODS, Stats, build, merge
-from merging.fold import drained, fold_pieces, fold_tensor, read_pieces, role_of
+from merging.fold import drained, fold_pieces, fold_tensor, role_of
 from merging.lowrank import Factors, dense, fold_factors
 from merging.method import Role
 from merging.opcm import VARIANTS
+from merging.read import read_pieces
 from merging.statistics import second_moment, variance
 
 AWAY = torch.device("meta")

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from torch import Tensor
 
-from merging.fold import advance, fold_tensor, read_tensor, role_of
+from merging.fold import advance, fold_tensor, role_of
 from merging.measure import Measure
 from merging.method import Method, Stats
 from merging.opcm import opcm
+from merging.read import read_tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SETS = ["opcm_full_rank", "opcm_decaying_alpha03"]

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from merging import Stats, build
-from merging.fold import drained, fold_pieces, fold_tensor, read_pieces, role_of
+from merging.fold import drained, fold_pieces, fold_tensor, role_of
 from merging.lowrank import Factors, dense, fold_factors
 from merging.method import Role
 from merging.opcm import VARIANTS, project
+from merging.read import read_pieces
 
 pytestmark = [
     pytest.mark.gpu,

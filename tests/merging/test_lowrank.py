@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from merging import METHODS, MergeError, Stats, build
-from merging.fold import fold_tensor, read_tensor
+from merging.fold import fold_tensor
 from merging.lowrank import Factors, dense, fits, fold_factors
 from merging.method import Role
+from merging.read import read_tensor
 
 SHAPES = [(40, 24), (24, 40), (32, 32)]
 ADDITIVE = sorted(name for name in METHODS if build(name, {}).additive)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from merging import MergeError, Stats, build, merge
-from merging.fold import advance, fold_tensor, read_tensor, role_of
+from merging.fold import advance, fold_tensor, role_of
 from merging.method import Role
+from merging.read import read_tensor
 from merging.spectrum import directions, gram
 
 SIDE, RANK = 768, 16

@@ -1,0 +1,137 @@
+"""One tensor of the second pass: what is served, from the base and the state, with its digest."""
+
+from collections.abc import Iterator
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from flows.faults import blamed, unfoldable
+from flows.plan import Plan, state_in
+from flows.pool import Job
+from registry.records import FoldinError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merging.method import State, Stats
+    from merging.read import Reading
+    from registry.weights import Checkpoint
+
+
+class Read(NamedTuple):
+    """One serving tensor."""
+
+    name: str
+    pieces: "list[Tensor]"  # of the serving tensor, flat, in order
+    sha256: str  # of the tensor
+    moved: float
+    lost: float
+
+
+def read_job(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: str) -> Job:
+    """`read_tensor` as a job of a pool."""
+
+    def expect() -> None:
+        plan.base.expect(name)
+        if slots is not None and f"{name}:total" in slots:
+            slots.expect(f"{name}:total")
+
+    stored = plan.base.stored[name]
+    need = 2 * (stored.end - stored.begin) + 4 * prod(stored.spec.shape)
+    return Job(lambda device: read_tensor(plan, slots, stats, name, device), need, expect)
+
+
+def read_tensor(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: str, device: str) -> Read:
+    """One serving tensor with its digest."""
+    from merging.fold import is_folded
+    from registry.weights import raw_bytes, start_digest
+
+    kept, ending = plan.kinds.same.get(name, name), list["Reading"]()
+    base, digest, pieces = plan.base[kept], start_digest(plan.base.stored[name].spec), list["Tensor"]()
+    source: Iterator[Tensor] = iter([base])
+    if slots is not None and is_folded(base):
+        merged = _merged_variance if kept in plan.kinds.variances else _merged
+        source = merged(plan, slots, stats, kept, device, ending)
+    with blamed(kept):
+        for piece in source:
+            digest.update(raw_bytes(piece))
+            pieces.append(piece)
+    for each in ending:
+        _check_finite(plan, kept, each)
+    # Running statistics, and the second name of a tied tensor, do not count.
+    found = ending[0] if ending and kept == name and not plan.is_statistic(name) else None
+    return Read(name, pieces, digest.hexdigest(), found.moved if found else 0.0, found.lost if found else 0.0)
+
+
+def _check_finite(plan: Plan, name: str, found: "Reading") -> None:
+    if not found.finite:
+        what = f"a value is beyond the range of {plan.base.stored[name].spec.dtype}"
+        raise FoldinError(unfoldable(name, "the merged tensor is not finite", what))
+
+
+def _merged(
+    plan: Plan, slots: "Checkpoint", stats: "Stats", name: str, device: str, ending: "list[Reading]"
+) -> "Iterator[Tensor]":
+    """A merged tensor piece by piece; `ending` gets what came of it."""
+    from merging.lowrank import Factors, dense
+    from merging.read import read_pieces
+
+    method, state = plan.method_for(name), state_in(slots, name, plan.method_for(name), device)
+    whole = {"total": dense(state)} if isinstance(state, Factors) else state
+    ending.append((yield from read_pieces(method, plan.tensor(plan.base, name).to(device), whole, stats)))
+
+
+def _merged_variance(
+    plan: Plan, slots: "Checkpoint", stats: "Stats", name: str, device: str, ending: "list[Reading]"
+) -> "Iterator[Tensor]":
+    """A merged running variance: of the mean square about the base's mean, less the mean's own move squared."""
+    import torch
+
+    from merging.lowrank import Factors
+    from merging.read import Reading
+    from merging.statistics import variance
+    from registry.weights import DTYPES
+
+    base, spec = plan.base[name].to(device), plan.base.stored[name].spec
+    moved = []
+    for each in (plan.kinds.variances[name], name):
+        state = state_in(slots, each, plan.method_for(each), device)
+        assert not isinstance(state, Factors), "a vector has no factors"
+        moved.append(torch.zeros_like(base) if state is None else plan.method_for(each).read(state, stats))
+    merged = variance(moved[0], base.double() + moved[1]).to(DTYPES[spec.dtype]) if any(map(torch.any, moved)) else base
+    ending.append(Reading(0.0, 0.0, bool(torch.isfinite(merged).all())))
+    yield merged
+
+
+class Reader:
+    """Makes a serving tensor out of the pieces of its state, while they are at hand."""
+
+    def __init__(self, plan: Plan, name: str, stats: "Stats") -> None:
+        from registry.weights import start_digest
+
+        self._plan, self._name, self._stats = plan, name, stats
+        self._digest = start_digest(plan.base.stored[name].spec)
+        self._pieces: list[Tensor] = []
+        self._room: Tensor | None = None
+        self._sums: Tensor | None = None
+
+    def take(self, base: "Tensor", state: "State") -> None:
+        """The next piece: of the base, (n,), and of the slots."""
+        from merging.read import merged_piece, reading_room
+        from registry.weights import raw_bytes
+
+        update = self._plan.method_for(self._name).read(state, self._stats)
+        if self._room is None or self._room.shape[1] < len(base):
+            self._room = reading_room(base)
+        merged, sums = merged_piece(base, update, self._room)
+        self._digest.update(raw_bytes(merged))
+        self._pieces.append(merged.cpu())
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def read(self) -> "Read":
+        """The whole tensor."""
+        from merging.read import reading_of
+
+        assert self._sums is not None, "every tensor has a piece"
+        found = reading_of(self._sums)
+        _check_finite(self._plan, self._name, found)
+        return Read(self._name, self._pieces, self._digest.hexdigest(), found.moved, found.lost)
