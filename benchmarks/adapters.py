@@ -18,11 +18,11 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import Run, Side, SideError, compare, ratios, run_side, summary
+from benchmarks.harness import Run, Side, compare, ratios, run_side, summary
 from benchmarks.ours import merged_delta
 from benchmarks.shapes import Architecture, decoder, tinyllama
 from benchmarks.synthetic import write_adapter, write_base, write_dense
-from benchmarks.telling import document, options, tell, workplace
+from benchmarks.telling import carry_out, document, options
 
 SIDES = ("adapter", "densified")
 SERVED = ", served"
@@ -64,12 +64,7 @@ def main() -> None:
         chosen.repeats, chosen.layers, chosen.served_repeats = 1, 2, 1
     if chosen.served_repeats is None:
         chosen.served_repeats = chosen.repeats
-    with workplace(chosen.keep) as place:
-        try:
-            facts = measured(chosen, place)
-        except SideError as error:
-            parser.exit(1, f"{error}\n")
-    tell(facts, chosen.json)
+    carry_out(parser, chosen, measured)
 
 
 def measured(chosen: argparse.Namespace, place: Path) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Run, Side, SideError, compare, run_side, summary
+from benchmarks.harness import Run, Side, compare, run_side, summary
 from benchmarks.reference import project as published
 from benchmarks.shapes import Architecture, decoder, llama_7b
 from benchmarks.synthetic import DECAY, SPREAD, make
-from benchmarks.telling import document, options, tell, workplace
+from benchmarks.telling import carry_out, document, options
 from merging import Stats, build
 from merging.fold import drained, fold_tensor, role_of
 from merging.measure import Measure
@@ -57,12 +57,7 @@ def main() -> None:
         parser.exit(2, "benchmarks.gpu needs a CUDA device, and torch sees none here\n")
     if chosen.quick:
         chosen.repeats, chosen.layers = 1, min(chosen.layers, 2)
-    with workplace(chosen.keep) as place:
-        try:
-            facts = measured(chosen, place)
-        except SideError as error:
-            parser.exit(1, f"{error}\n")
-    tell(facts, chosen.json)
+    carry_out(parser, chosen, measured)
 
 
 def measured(chosen: argparse.Namespace, place: Path) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Run, Side, SideError, compare, ratios, summary
+from benchmarks.harness import Run, Side, compare, ratios, summary
 from benchmarks.step import EXPERTS, Bench, prepared
-from benchmarks.telling import document, options, tell, workplace
+from benchmarks.telling import carry_out, document, options
 from flows.config import Config, RegistryConfig
 from flows.serve import temporary_prefect
 from flows.wiring import prepare_environment
@@ -46,12 +46,7 @@ def main() -> None:
     if chosen.dask and not find_spec("prefect_dask"):
         print("prefect-dask is not installed: no side on a Dask cluster", file=sys.stderr)
         chosen.dask = False
-    with workplace(chosen.keep) as place, cluster(chosen, place) as address:
-        try:
-            facts = measured(chosen, place, address)
-        except SideError as error:
-            parser.exit(1, f"{error}\n")
-    tell(facts, chosen.json)
+    facts = carry_out(parser, chosen, measured)
     if not facts["bytes"]["identical"]:
         parser.exit(1, "the runs did not write the same bytes\n")
 
@@ -81,8 +76,14 @@ def cluster(chosen: argparse.Namespace, place: Path) -> Iterator[str | None]:
             yield str(found.scheduler_address)
 
 
-def measured(chosen: argparse.Namespace, place: Path, address: str | None) -> dict[str, Any]:
+def measured(chosen: argparse.Namespace, place: Path) -> dict[str, Any]:
     """The whole document."""
+    with cluster(chosen, place) as address:
+        return compared(chosen, place, address)
+
+
+def compared(chosen: argparse.Namespace, place: Path, address: str | None) -> dict[str, Any]:
+    """The whole document, with a side for the cluster that has an address."""
     bench = prepared(chosen, place, chosen.layers, 768)
     bench.ensure("foldin", EXPERTS - 1)
     written: Written = []

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Run, Side, SideError, compare, ratios, summary
+from benchmarks.harness import Run, Side, compare, ratios, summary
 from benchmarks.shapes import decoder, tinyllama
 from benchmarks.synthetic import make
-from benchmarks.telling import document, options, tell, workplace
+from benchmarks.telling import carry_out, document, options
 from registry.weights import Checkpoint
 
 PAIRS = {"average": "linear", "task_arithmetic": "task_arithmetic"}  # foldin's method -> mergekit's
@@ -37,12 +37,7 @@ def main() -> None:
         chosen.repeats = 1
     if not (chosen.peers / "bin/mergekit-yaml").exists():
         parser.error(f"there is no mergekit in {chosen.peers}; run make bench-peers")
-    with workplace(chosen.keep) as place:
-        try:
-            facts = measured(chosen, place)
-        except SideError as error:
-            parser.exit(1, f"{error}\n")
-    tell(facts, chosen.json)
+    carry_out(parser, chosen, measured)
 
 
 def measured(chosen: argparse.Namespace, place: Path) -> dict[str, Any]:

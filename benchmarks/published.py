@@ -11,9 +11,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Side, SideError, compare, summary
+from benchmarks.harness import Side, compare, summary
 from benchmarks.step import EXPERTS, prepared
-from benchmarks.telling import document, options, tell, workplace
+from benchmarks.telling import carry_out, document, options
 from registry.weights import Checkpoint
 
 SCRIPT = Path(__file__).with_name("fusion_bench_run.py")
@@ -30,12 +30,7 @@ def main() -> None:
         chosen.repeats, chosen.layers = 1, 2
     if not (chosen.peers / "bin/fusion_bench").exists():
         parser.error(f"there is no fusion-bench in {chosen.peers}; run make bench-peers")
-    with workplace(chosen.keep) as place:
-        try:
-            facts = measured(chosen, place)
-        except SideError as error:
-            parser.exit(1, f"{error}\n")
-    tell(facts, chosen.json)
+    carry_out(parser, chosen, measured)
 
 
 def measured(chosen: argparse.Namespace, place: Path) -> dict[str, Any]:

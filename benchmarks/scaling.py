@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Run, Side, SideError, compare, ratios, run_side, summary
+from benchmarks.harness import Run, Side, compare, ratios, run_side, summary
 from benchmarks.shapes import Architecture, decoder, tinyllama
 from benchmarks.synthetic import make
-from benchmarks.telling import document, options, tell, workplace
+from benchmarks.telling import carry_out, document, options
 
 METHODS = ("average", "opcm")
 PARTS = ("experts", "sizes")
@@ -39,16 +39,11 @@ def main() -> None:
     plot, chosen.plot = chosen.plot, None
     if chosen.quick:
         chosen.repeats = 1
-    with workplace(chosen.keep) as place:
-        try:
-            facts = measured(chosen, place)
-        except SideError as error:
-            parser.exit(1, f"{error}\n")
+    facts = carry_out(parser, chosen, measured)
     if plot:
         from benchmarks.drawing import draw
 
         draw(facts, plot)
-    tell(facts, chosen.json)
 
 
 def decoders(quick: bool) -> list[Architecture]:

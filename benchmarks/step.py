@@ -17,10 +17,10 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import Run, Side, SideError, compare, ratios, run_side, summary
+from benchmarks.harness import Run, Side, compare, ratios, run_side, summary
 from benchmarks.shapes import Architecture, vit_b32
 from benchmarks.synthetic import make
-from benchmarks.telling import document, options, tell, workplace
+from benchmarks.telling import carry_out, document, options
 from registry.weights import Checkpoint
 
 EXPERTS = 3
@@ -80,12 +80,7 @@ def main() -> None:
     width = 768
     if chosen.quick:
         chosen.repeats, chosen.layers, chosen.oracle_layers, width = 1, 2, 2, 128
-    with workplace(chosen.keep) as place:
-        try:
-            facts = measured(chosen, place, width)
-        except SideError as error:
-            parser.exit(1, f"{error}\n")
-    tell(facts, chosen.json)
+    carry_out(parser, chosen, lambda chosen, place: measured(chosen, place, width))
 
 
 def measured(chosen: argparse.Namespace, place: Path, width: int) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Side, SideError, compare, ratios, summary
+from benchmarks.harness import Side, compare, ratios, summary
 from benchmarks.shapes import Architecture, decoder, tinyllama
 from benchmarks.synthetic import make
-from benchmarks.telling import document, options, tell, workplace
+from benchmarks.telling import carry_out, document, options
 
 BUFFER = 2**20
 METHODS = ("average", "opcm")
@@ -57,19 +57,13 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.quick:
         chosen.repeats = 1
-    shape = decoder(hidden=128, layers=2, vocabulary=512) if chosen.quick else tinyllama()
-    with workplace(chosen.keep) as place:
-        try:
-            facts = measured(
-                chosen, make(place / ("decoder" if chosen.quick else "tinyllama"), shape, 1, chosen.seed), shape
-            )
-        except SideError as error:
-            parser.exit(1, f"{error}\n")
-    tell(facts, chosen.json)
+    carry_out(parser, chosen, measured)
 
 
-def measured(chosen: argparse.Namespace, models: Path, shape: Architecture) -> dict[str, Any]:
+def measured(chosen: argparse.Namespace, place: Path) -> dict[str, Any]:
     """The whole document."""
+    shape = decoder(hidden=128, layers=2, vocabulary=512) if chosen.quick else tinyllama()
+    models = make(place / ("decoder" if chosen.quick else "tinyllama"), shape, 1, chosen.seed)
     folds = [folding(models, shape, method) for method in chosen.methods]
     first = compare(folds[:1], 1, chosen.threads)  # leaves the state whose bytes are copied, and warms the cache
     state = models / "state-to-copy"

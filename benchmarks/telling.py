@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +16,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.harness import SideError
 
 PACKAGES = ("torch", "foldin", "safetensors", "transformers", "numpy")
 
@@ -43,13 +45,28 @@ def workplace(keep: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
+def carry_out(
+    parser: argparse.ArgumentParser,
+    chosen: argparse.Namespace,  # what the parser made of the command line
+    measured: Callable[[argparse.Namespace, Path], dict[str, Any]],  # the benchmark, given the folder of its models
+) -> dict[str, Any]:
+    """Run a benchmark and say what came of it; exit status 1, and no figure, where a side fails."""
+    with workplace(chosen.keep) as place:
+        try:
+            facts = measured(chosen, place)
+        except SideError as error:
+            parser.exit(1, f"{error}\n")
+    tell(facts, chosen.json)
+    return facts
+
+
 def document(
     name: str,
     chosen: argparse.Namespace,
     sides: Mapping[str, object],
     ratios: Mapping[str, object],
     **more: object,  # further sections, by name
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Everything about one benchmark: what ran, where, and what came of it."""
     parameters = {key: value for key, value in vars(chosen).items() if key not in ("json", "keep", "seed", "threads")}
     return {

@@ -48,8 +48,8 @@ def admit(
 ) -> Admitted | Refusal:
     """The expert, ready to be folded; or why it may not be.
 
-    Errors that are not the expert's (MLflow or the ledger out of reach, a full disk, a broken suite of the line's own)
-    are raised.
+    Errors that are not the expert's (MLflow or the ledger out of reach, a full disk, a file of the base that ends
+    early, a broken suite of the line's own) are raised.
     """
     where = f"expert {expert.name}"
     task = declared_task(found)
@@ -65,7 +65,7 @@ def admit(
             raise FoldinError(files)
         return _read(base, (expert.model, expert.version), task, files, own, where)
     except FoldinError as error:
-        if error.refusal.code in TRANSIENT:
+        if error.refusal.code in TRANSIENT or error.refusal.where == f"version {base.number}":
             raise
         remedy = error.refusal.remedy or "correct it and register the result as a new version"
         return replace(error.refusal, where=where, remedy=remedy)

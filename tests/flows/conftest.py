@@ -6,12 +6,16 @@ import sqlite3
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from flows import cli
+from flows.admission import Admitted
 from flows.config import LineConfig, load
 from flows.fitting import Fit, fit
 from flows.kinds import kinds_of
@@ -132,11 +136,19 @@ class BareLine:
     stored: dict = field(default_factory=dict)
     passes: int = 0
 
+    @property
+    def version(self):
+        """The base as the line's first version."""
+        return Version(1, self.base, "", Memory(self.settings.method, {}, "0" * 64, "0" * 64))
+
+    def admitted(self, folder):
+        """An expert as intake would hand it over."""
+        found, suite = self.fit(folder), SimpleNamespace(sha256="1" * 64)
+        return Admitted((folder.name, 1), "task", folder, "0" * 64, found.sha256, found.body, found.head, suite)
+
     def fit(self, folder, has_head=False):
         """What intake's second half says about an expert's folder."""
-        memory = Memory(self.settings.method, {}, "0" * 64, "0" * 64)
-        version = Version(1, self.base, "", memory)
-        return fit(version, intake.Admitted(folder, hash_tree(folder), "", ()), has_head, f"expert {folder.name}")
+        return fit(self.version, intake.Admitted(folder, hash_tree(folder), "", ()), has_head, f"expert {folder.name}")
 
     def plan(self, *experts):
         """The plan of one pass over some experts' folders."""
@@ -180,6 +192,23 @@ class BareLine:
             if "safetensors" not in path.name:
                 shutil.copyfile(path, folder / path.name)
         return folder, served
+
+
+class Huge(NamedTuple):
+    """An expert that can be folded once; twice is more than float32 can hold."""
+
+    folder: Path
+    tensor: str  # the one that is so large
+
+
+@pytest.fixture
+def huge(zoo, tmp_path):
+    """An expert whose change of one tensor is barely finite."""
+    found = Huge(shutil.copytree(zoo / "expert-1", tmp_path / "huge"), "encoder.layer.1.output.dense.bias")
+    tensors = load_file(found.folder / "model.safetensors")
+    tensors[found.tensor] = torch.full_like(tensors[found.tensor], 3e38)
+    save_file(tensors, found.folder / "model.safetensors", {"format": "pt"})
+    return found
 
 
 @pytest.fixture

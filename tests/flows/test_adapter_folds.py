@@ -223,6 +223,44 @@ def test_what_is_no_product_of_factors_is_folded_dense(zoo, bare_line, tmp_path)
     close(*served, load_file(zoo.base / "model.safetensors"))
 
 
+@pytest.mark.parametrize(("saved", "noted"), [(torch.bfloat16, {HEAD: "BF16"}), (torch.float32, {})])
+def test_a_layer_that_an_adapter_brought_whole_carries_the_rounding_of_its_own_dtype(
+    zoo, bare_line, tmp_path, saved, noted
+):
+    """Nothing else that an adapter does is rounded to the dtype of any weights."""
+    adapter, _ = adapted(zoo.base, tmp_path / "whole", 22, modules_to_save=["lm_head"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: each.to(saved) for name, each in tensors.items()}, adapter / "adapter_model.safetensors")
+    assert bare_line(zoo.base).fold(adapter).plan.stored == (noted,)
+
+
+def test_a_matrix_that_only_adapters_moved_carries_no_rounding_of_a_coarse_base(zoo, bare_line, tmp_path):
+    """Also where other experts, who left it alone, came before."""
+    base, first = tmp_path / "base", tmp_path / "first"
+    for folder, names in ((base, ()), (first, (UP,))):
+        save(new_model().bfloat16(), folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {name: tensors[name] * 1.5 for name in names}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    line = bare_line(base)
+    assert line.fold(first).plan.stored == ({},)  # as coarse as the base
+    done = line.fold(zoo.adapters[0])
+    assert set(done.plan.names) == ADAPTED
+    assert done.plan.stored == (dict.fromkeys(ADAPTED - {UP}, "F32"),)
+
+
+def test_factors_that_the_next_expert_left_alone_are_not_touched(zoo, bare_line, tmp_path):
+    """Not even by the rounding of another decomposition."""
+    alone, _ = adapted(zoo.base, tmp_path / "alone", 23, target_modules=["up_proj"])
+    line = bare_line(zoo.base)
+    line.fold(zoo.adapters[0])
+    before = {key: line.slots[key] for key in line.slots}
+    line.fold(alone)
+    for side in (LEFT, RIGHT):
+        assert torch.equal(line.slots[f"{QUERY}:total.{side}"], before[f"{QUERY}:total.{side}"])
+        assert line.slots[f"{UP}:total.{side}"].shape[1] > before[f"{UP}:total.{side}"].shape[1]
+
+
 def test_an_adapter_of_one_of_two_tied_tensors_is_refused(bare_line, tmp_path):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False))

@@ -97,6 +97,35 @@ def test_a_tied_weight_under_another_name_is_the_same_weight(tied, bare_line, tm
     assert lines[0].fit(expert).sha256 == lines[1].fit(renamed).sha256
 
 
+T5 = {"vocab_size": 40, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+SHARED, SECOND, THIRD = "shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_second_names_without_the_first_are_one_weight_or_none(bare_line, tmp_path, same):
+    """Exporters differ in which names of a tied weight they keep; T5 has three of them."""
+    torch.manual_seed(0)
+    base, expert = tmp_path / "t5", tmp_path / "t5-expert"
+    model = transformers.T5Model(transformers.T5Config(**T5))
+    model.save_pretrained(base)
+    with torch.no_grad():
+        model.shared.weight.add_(0.02 * torch.randn_like(model.shared.weight))
+    model.save_pretrained(expert)
+
+    def rename(tensors):
+        tensors[SECOND] = tensors.pop(SHARED)
+        tensors[THIRD] = tensors[SECOND] + (0 if same else 1)
+
+    renamed = edited(expert, tmp_path / "renamed", rename)
+    if not same:
+        refused(bare_line(base).fit(renamed), "E_SCHEMA", f"tied to {SHARED}", "other values")
+        return
+    lines = [bare_line(base) for _ in range(2)]
+    done = [line.fold(each) for line, each in zip(lines, (expert, renamed), strict=True)]
+    assert done[0].plan.names == done[1].plan.names == (SHARED,)
+    assert done[0].bytes == done[1].bytes
+
+
 def test_tied_tensors_with_other_values_are_refused(tied, bare_line, tmp_path):
     base, expert = tied
     torn = edited(expert, tmp_path / "torn", lambda tensors: tensors.update({HEAD: tensors[TOKENS] + 1}))

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from merging import merge
+from registry.records import FoldinError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 TEXT = {**SMALL, "vocab_size": 40, "max_position_embeddings": 16}
@@ -347,3 +348,73 @@ def test_an_expert_that_moved_means_alone_widens_the_variance(tmp_path, bare_lin
     torch.testing.assert_close(found[mean], torch.full((8,), 1.0))
     torch.testing.assert_close(found[variance], stored[variance] + 2 / 3)
     assert together.fold(*experts).bytes == done.bytes
+
+
+NORM = "embedder.embedder.normalization.running_"
+
+
+def with_statistics(folder, dtype, mean, variance):
+    """The checkpoint in another dtype, with one batch norm's statistics set."""
+
+    def change(tensors):
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.is_floating_point()})
+        tensors[f"{NORM}mean"] = torch.full((8,), mean, dtype=dtype)
+        tensors[f"{NORM}var"] = torch.full((8,), variance, dtype=dtype)
+
+    edit(folder, change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_variance_beside_a_large_mean_is_not_lost(tmp_path, bare_line, dtype):
+    """mean^2 is 10^8 times the variance here: of their sum float32 would keep one digit, bfloat16 none."""
+    base, *experts = written(tmp_path, FORMS["ResNet"])
+    for folder, variance in zip((base, *experts), (0.5, 0.25, 0.5, 1.5), strict=True):
+        with_statistics(folder, dtype, 8192.0, variance)
+    line = bare_line(base)
+    found = tensors_in(line.serve(fold_one_by_one(line, experts).plan)[0])
+    assert torch.equal(found[f"{NORM}mean"], torch.full((8,), 8192.0, dtype=dtype))
+    torch.testing.assert_close(found[f"{NORM}var"], torch.full((8,), 0.75, dtype=dtype))
+
+
+def test_a_merged_variance_beyond_its_dtype_is_refused_by_name(tmp_path, bare_line):
+    base, *experts = written(tmp_path, FORMS["ResNet"])
+    for folder, mean in zip((base, *experts), (0.0, 0.0, 1000.0, -1000.0), strict=True):
+        with_statistics(folder, torch.float16, mean, 1.0)
+    line = bare_line(base)
+    done = fold_one_by_one(line, experts)
+    with pytest.raises(FoldinError, match="the merged tensor is not finite") as caught:
+        line.serve(done.plan)
+    assert (caught.value.refusal.code, caught.value.refusal.tensor) == ("E_FOLD", f"{NORM}var")
+
+
+def test_statistics_that_nobody_moved_stay_the_bases_to_the_bit(tmp_path, bare_line):
+    base, *experts = written(tmp_path, FORMS["ResNet"])
+    stored = tensors_in(base)
+    still = {name: tensor for name, tensor in stored.items() if is_statistic(name)}
+    still |= {f"{NORM}mean": torch.full((8,), 0.1), f"{NORM}var": torch.full((8,), 0.3)}
+    for folder in (base, *experts):
+        edit(folder, lambda tensors: tensors.update(still))
+    line = bare_line(base)
+    found = tensors_in(line.serve(fold_one_by_one(line, experts).plan)[0])
+    assert all(torch.equal(found[name], tensor) for name, tensor in still.items())
+    assert not torch.equal(
+        found["embedder.embedder.convolution.weight"], stored["embedder.embedder.convolution.weight"]
+    )
+
+
+def test_a_tied_weight_stored_in_two_dtypes_is_two_tensors(tmp_path, bare_line):
+    """Equal values of other dtypes could not both be written from one folded tensor."""
+    base, *experts = written(tmp_path, FORMS["Llama, tied"])
+    tokens, head = "model.embed_tokens.weight", "lm_head.weight"
+    for folder in (base, *experts):
+        edit(folder, lambda tensors: tensors.update({tokens: tensors[tokens].bfloat16().float()}))
+        edit(folder, lambda tensors: tensors.update({head: tensors[tokens].bfloat16()}))
+    line = bare_line(base)
+    done = fold_one_by_one(line, experts)
+    found = tensors_in(line.serve(done.plan)[0])
+    assert {tokens, head} <= set(done.plan.names)
+    assert (found[tokens].dtype, found[head].dtype) == (torch.float32, torch.bfloat16)
+    stored, moved = tensors_in(base), [tensors_in(folder) for folder in experts]
+    wanted = merge(stored, moved, "opcm", projected=[name for name in stored if name.endswith("_proj.weight")])
+    assert torch.equal(found[tokens], wanted[tokens])
+    assert torch.equal(found[head], wanted[head])

@@ -443,6 +443,44 @@ def test_a_full_disk_is_not_the_experts_fault(at, zoo, monkeypatch):
     assert [each["state"] for each in look(at)] == ["folded"]
 
 
+def test_too_many_open_files_are_not_the_experts_fault(at, zoo, monkeypatch):
+    from registry import weights
+
+    def refusing(*arguments, **options):
+        raise OSError(24, "Too many open files")
+
+    look(at)
+    register(at, zoo / "expert-1", "task-1")
+    monkeypatch.setattr(weights, "safe_open", refusing)
+    with pytest.raises(FoldinError, match=r"E_SYSTEM .*Too many open files"):
+        look(at)
+    monkeypatch.undo()
+    assert [each["state"] for each in look(at)] == ["folded"]
+
+
+def test_a_file_of_the_base_that_ends_early_is_not_the_experts_fault(at, zoo, monkeypatch):
+    """It is checked when a merge begins; this happens after."""
+    from flows import admission
+    from flows.versions import open_version
+
+    look(at)
+    register(at, zoo / "expert-1", "task-1")
+    path = open_version(at, "tiny", 1).folder / "model.safetensors"
+    sound, original = path.read_bytes(), admission.intake.admit
+
+    def spoiling(*arguments):
+        path.write_bytes(sound[:-5000])
+        return original(*arguments)
+
+    monkeypatch.setattr(admission.intake, "admit", spoiling)
+    with pytest.raises(FoldinError, match=r"E_FORMAT version 1, file model.safetensors"):
+        look(at)
+    monkeypatch.undo()
+    path.write_bytes(sound)
+    assert at.ledger.experts("tiny")[0].attempts == 0
+    assert [each["state"] for each in look(at)] == ["folded"]
+
+
 def test_a_change_too_large_to_fold_is_the_experts_fault_and_names_the_tensor(at, zoo, tmp_path):
     for number in (1, 2):  # each is finite; their sum is not
         huge = tmp_path / f"huge-{number}"

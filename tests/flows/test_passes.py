@@ -212,6 +212,20 @@ def test_the_second_run_folds_only_what_the_first_did_not_finish(zoo, team, bare
     assert done.measures == expected.measures
 
 
+def test_parts_of_another_plan_are_not_taken_for_this_one(zoo, team, bare_line, small_parts, folds):
+    """The same names and sizes, cut alike: only what the plan says tells them apart."""
+    one, other = bare_line(zoo / "base"), bare_line(zoo / "base", parameters={"energy": 0.9})
+    for line in (one, other):
+        line.fold(team[1])
+    wanted = other.run(other.plan(team[3])).bytes
+    done = one.run(one.plan(team[3]))
+    assert done.bytes != wanted
+    shutil.rmtree(other.root / "state-1"), shutil.rmtree(other.root / "records-1")
+    shutil.copytree(done.folder, other.root / "state-1")
+    shutil.copytree(done.records, other.root / "records-1")
+    assert other.run(other.plan(team[3])).bytes == wanted
+
+
 def test_a_finished_fold_is_found_whole(zoo, team, bare_line, small_parts, folds):
     line = bare_line(zoo / "base")
     plan = line.plan(team[1])
@@ -243,13 +257,19 @@ def other_profile(folder, records, file):
     (records / f"{file}.json").write_text(json.dumps(record))
 
 
+def other_plan(folder, records, file):
+    record = json.loads((records / f"{file}.json").read_text())
+    record["plan"] = "0" * 64
+    (records / f"{file}.json").write_text(json.dumps(record))
+
+
 def other_cut(folder, records, file):
     record = json.loads((records / f"{file}.json").read_text())
     record["measures"][0].popitem()
     (records / f"{file}.json").write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("spoil", [damage, remove_part, remove_record, other_profile, other_cut])
+@pytest.mark.parametrize("spoil", [damage, remove_part, remove_record, other_profile, other_plan, other_cut])
 def test_a_part_that_is_not_what_its_record_says_is_made_again(zoo, team, bare_line, small_parts, folds, spoil):
     line = bare_line(zoo / "base")
     plan = line.plan(team[1])
@@ -441,16 +461,12 @@ def test_a_file_that_ends_early_before_the_second_pass_is_named(zoo, team, bare_
     assert not [path for path in (line.root / "serving-1").rglob("*") if path.is_file()]
 
 
-def test_a_change_too_large_for_the_fold_is_the_experts_fault_and_names_the_tensor(zoo, team, bare_line, tmp_path):
-    expert = shutil.copytree(zoo / "expert-1", tmp_path / "huge")
-    tensors = load_file(expert / "model.safetensors")
-    tensors[BIAS] = torch.full_like(tensors[BIAS], 3e38)
-    save_file(tensors, expert / "model.safetensors", {"format": "pt"})
+def test_a_change_too_large_for_the_fold_is_the_experts_fault_and_names_the_tensor(zoo, huge, bare_line):
     line = bare_line(zoo / "base")
-    line.fold(expert)
+    line.fold(huge.folder)
     with pytest.raises(FoldinError) as caught:
-        line.run(line.plan(expert))
-    assert (caught.value.refusal.code, caught.value.refusal.tensor) == ("E_FOLD", BIAS)
+        line.run(line.plan(huge.folder))
+    assert (caught.value.refusal.code, caught.value.refusal.tensor) == ("E_FOLD", huge.tensor)
 
 
 def test_a_merged_tensor_beyond_its_dtype_is_refused_by_name(zoo, bare_line, tmp_path):

@@ -1,0 +1,60 @@
+"""One candidate in its folder: what a run that was killed left there is neither kept nor in the way."""
+
+import shutil
+
+import pytest
+
+from flows import parts
+from flows.folding import fold
+from flows.versions import STATE_FOLDER
+from registry.files import hash_tree
+
+
+@pytest.fixture
+def candidate(zoo, bare_line, monkeypatch):
+    """A function that folds one expert into a folder; what it wrote."""
+    monkeypatch.setattr(parts, "PART_BYTES", 16 * 1024)
+
+    def of(scratch, expert="expert-1", method="opcm"):
+        line = bare_line(zoo / "base", method=method)
+        experts = [line.admitted(zoo / expert)]
+        done = fold(scratch, line.settings, line.version, line.version, experts, lambda done, total: None)
+        return hash_tree(done.folder)
+
+    return of
+
+
+@pytest.mark.parametrize("method", ["opcm", "average"])
+def test_leftovers_of_a_killed_run_are_cleared_away(candidate, tmp_path, method):
+    wanted = candidate(tmp_path / "clean", method=method)
+    folder = tmp_path / "dirty" / "candidate"
+    left = [
+        "model-00001-of-00009.safetensors",
+        "heads/old.safetensors",
+        f"{STATE_FOLDER}/model-00099-of-00099.safetensors",
+    ]
+    for name in (*left, f"{STATE_FOLDER}/deep/er", "model.safetensors", ".half.0123456789ab.tmp"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"left by another layout")
+    assert candidate(tmp_path / "dirty", method=method) == wanted
+    assert not (folder / "heads").exists()
+    assert not (folder / STATE_FOLDER / "deep").exists()
+
+
+def test_finished_parts_of_a_killed_run_are_kept(candidate, tmp_path):
+    wanted = candidate(tmp_path / "whole")
+    (tmp_path / "whole" / "folded.json").unlink()
+    part = sorted((tmp_path / "whole/candidate" / STATE_FOLDER).glob("model-*.safetensors"))[0]
+    before = part.stat().st_ino
+    assert candidate(tmp_path / "whole") == wanted
+    assert part.stat().st_ino == before
+
+
+def test_a_finished_fold_is_not_made_again_unless_a_byte_of_it_has_changed(candidate, tmp_path):
+    wanted, folder = candidate(tmp_path / "one"), tmp_path / "one" / "candidate"
+    weights = folder / "model.safetensors"
+    before = weights.stat().st_ino
+    assert candidate(tmp_path / "one") == wanted
+    assert weights.stat().st_ino == before
+    shutil.copyfile(folder / "config.json", weights)
+    assert candidate(tmp_path / "one") == wanted
