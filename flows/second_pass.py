@@ -97,7 +97,7 @@ def _merged_variance(
         state = state_in(slots, each, plan.method_for(each), device)
         assert not isinstance(state, Factors), "a vector has no factors"
         moved.append(torch.zeros_like(base) if state is None else plan.method_for(each).read(state, stats))
-    merged = variance(moved[0], base.double() + moved[1]).to(DTYPES[spec.dtype]) if any(map(torch.any, moved)) else base
+    merged = variance(moved[0], base.double() + moved[1]).to(DTYPES[spec.dtype])
     ending.append(Reading(0.0, 0.0, bool(torch.isfinite(merged).all())))
     yield merged
 

@@ -19,8 +19,6 @@ from merging.method import State
 BLOCK = 1 << 17
 # A graphics processor has no such cache, but a start-up cost for each piece of work.
 DEVICE_BLOCK = 1 << 22
-
-
 # Of squared norms: differences below are the rounding of sums in float64.
 NOTHING = 1e-12
 

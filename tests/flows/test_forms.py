@@ -364,16 +364,17 @@ def with_statistics(folder, dtype, mean, variance):
     edit(folder, change)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_small_variance_beside_a_large_mean_is_not_lost(tmp_path, bare_line, dtype):
-    """mean^2 is 10^8 times the variance here: of their sum float32 would keep one digit, bfloat16 none."""
+@pytest.mark.parametrize(("dtype", "mean", "apart"), [(torch.float32, 2.0**20, 1.0), (torch.bfloat16, 8192.0, 0.0)])
+def test_a_small_variance_beside_a_large_mean_is_not_lost(tmp_path, bare_line, dtype, mean, apart):
+    """mean^2 is 10^12 times the variance here: of their sum float32 would keep no digit."""
     base, *experts = written(tmp_path, FORMS["ResNet"])
-    for folder, variance in zip((base, *experts), (0.5, 0.25, 0.5, 1.5), strict=True):
-        with_statistics(folder, dtype, 8192.0, variance)
+    means = (mean, mean - apart, mean, mean + apart)
+    for folder, one, variance in zip((base, *experts), means, (0.5, 0.2, 0.5, 1.7), strict=True):
+        with_statistics(folder, dtype, one, variance)
     line = bare_line(base)
     found = tensors_in(line.serve(fold_one_by_one(line, experts).plan)[0])
-    assert torch.equal(found[f"{NORM}mean"], torch.full((8,), 8192.0, dtype=dtype))
-    torch.testing.assert_close(found[f"{NORM}var"], torch.full((8,), 0.75, dtype=dtype))
+    assert torch.equal(found[f"{NORM}mean"], torch.full((8,), mean, dtype=dtype))
+    torch.testing.assert_close(found[f"{NORM}var"], torch.full((8,), 0.8 + apart * 2 / 3, dtype=dtype))
 
 
 def test_a_merged_variance_beyond_its_dtype_is_refused_by_name(tmp_path, bare_line):
