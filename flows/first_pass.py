@@ -43,15 +43,21 @@ def part_job(folder: Path, records: Path, plan: Plan, part: Part, stats: "Stats 
             if plan.slots is not None and f"{name}:total" in plan.slots:
                 plan.slots.expect(f"{name}:total")
 
-    need = max(prod(plan.base.stored[name].spec.shape) * _bytes_per_entry(plan, name) for name in part.names)
+    need = max(_memory(plan, name) for name in part.names)
     if stats is not None:
-        need += sum(plan.base.stored[name].end - plan.base.stored[name].begin for name in part.names)
+        need += sum(plan.base.stored[name].bytes for name in part.names)
     return Job(lambda device: fold_part(folder, records, plan, part, device, stats), need, expect)
 
 
-def _bytes_per_entry(plan: Plan, name: str) -> int:
-    """Of memory while a tensor is folded: files are mapped, and what is projected lies in float32 three times."""
-    return 8 + 4 + (16 if name in plan.kinds.projected and not plan.is_factored(name) else 0)
+def _memory(plan: Plan, name: str) -> int:
+    """Bytes of memory while a tensor is folded: what is mapped of the files, and what is computed beside it."""
+    stored, key = plan.base.stored[name], f"{name}:total"
+    entries = prod(stored.spec.shape)
+    mapped = stored.bytes * (1 + sum(name in expert.moved for expert in plan.experts))
+    earlier = 4 * entries if plan.slots is not None and key in plan.slots else 0
+    if plan.is_plain(name):
+        return mapped + earlier
+    return mapped + earlier + entries * (20 if name in plan.kinds.projected and not plan.is_factored(name) else 8)
 
 
 def fold_part(folder: Path, records: Path, plan: Plan, part: Part, device: str, stats: "Stats | None" = None) -> Folded:

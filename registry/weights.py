@@ -34,6 +34,11 @@ class Stored(NamedTuple):
     begin: int  # first byte in the file
     end: int
 
+    @property
+    def bytes(self) -> int:
+        """How many it takes there."""
+        return self.end - self.begin
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint(Mapping[str, Tensor]):
