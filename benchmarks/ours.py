@@ -15,7 +15,8 @@ from torch import Tensor
 from flows.fitting import Fitted
 from flows.kinds import Kinds
 from flows.passes import fold_once, fold_state, materialise, stats_after
-from flows.plan import Plan, make_plan, state_in
+from flows.plan import Plan, state_in
+from flows.planning import make_plan
 from flows.pool import devices_of
 from merging import Stats, build
 from merging.lowrank import Factors, dense

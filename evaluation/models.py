@@ -5,6 +5,7 @@ configurations are read as data first, and classes come from transformers itself
 checkpoint; a running model may call the same tensors otherwise, and transformers translates between the two.
 """
 
+import errno
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from registry.records import FoldinError, Refusal
 
 Untyped = Any  # classes, models and configurations of transformers, which mypy does not see
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
+SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)  # no folder's fault
 LONGEST = 128  # tokens of a text that are read; suites hold short texts
 MAPPINGS = {
     "zero-shot-text": "MODEL_MAPPING",
@@ -153,6 +155,8 @@ def stored_tokenizer(folder: Path, where: str, code: str = "E_CONFIG", remedy: s
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+            raise
         return Refusal(code, "the tokenizer cannot be loaded", where, found=clean(str(error)), remedy=remedy)
 
 

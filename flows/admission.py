@@ -48,8 +48,8 @@ def admit(
 ) -> Admitted | Refusal:
     """The expert, ready to be folded; or why it may not be.
 
-    Errors that are not the expert's (MLflow or the ledger out of reach, a full disk, a file of the base that ends
-    early, a broken suite of the line's own) are raised.
+    Errors that are not the expert's (MLflow or the ledger out of reach, a full disk, whatever is wrong with the files
+    of the base, a broken suite of the line's own) are raised.
     """
     where = f"expert {expert.name}"
     task = declared_task(found)
@@ -65,8 +65,11 @@ def admit(
             raise FoldinError(files)
         return _read(base, (expert.model, expert.version), task, files, own, where)
     except FoldinError as error:
-        if error.refusal.code in TRANSIENT or error.refusal.where == f"version {base.number}":
+        if error.refusal.code in TRANSIENT:
             raise
+        if error.refusal.where == base.where:
+            remedy = "restore the version's artifacts, or start a new line"
+            raise FoldinError(replace(error.refusal, remedy=remedy)) from error
         remedy = error.refusal.remedy or "correct it and register the result as a new version"
         return replace(error.refusal, where=where, remedy=remedy)
 
@@ -128,19 +131,20 @@ def _check_tags(base: Version, found: ExpertVersion, task: str, where: str) -> R
             remedy="finish the upload and register a new version",
         )
     declared = found.tags.get("foldin.base_sha256", "")
-    return (
-        intake.base_matches(declared, base_digests(base.folder, base.memory.base_sha256), where) if declared else None
-    )
+    if not declared:
+        return None
+    return intake.base_matches(declared, base_digests(base.folder, base.memory.base_sha256, base.where), where)
 
 
-def base_digests(folder: Path, weights_sha256: str) -> list[str]:
+def base_digests(folder: Path, weights_sha256: str, where: str) -> list[str]:
     """What may be declared as the base: the content digest of its weights, or the SHA-256 of its one weight file.
 
     Args:
         folder: of the version that holds the base.
         weights_sha256: content digest of its weights.
+        where: names that version in messages.
     """
-    files = read_json(folder / MANIFEST)["files"]
+    files = read_json(folder / MANIFEST, where)["files"]
     weights = [digest for name, digest in files.items() if "/" not in name and name.endswith(".safetensors")]
     return [weights_sha256, *(weights if len(weights) == 1 else [])]
 
@@ -162,12 +166,12 @@ def _read(
 
 def _check_config(base: Version, files: intake.Admitted, where: str) -> Refusal | None:
     """Why config.json describes a model that cannot be folded into this base; None when it does not."""
-    config = read_json(files.folder / "config.json")
+    config, own = read_json(files.folder / "config.json", where), read_json(base.folder / "config.json", base.where)
     if config.get("quantization_config"):
         what, remedy = "the weights are quantised", "register the expert's weights as they were before quantisation"
         found = shown(config["quantization_config"])
         return Refusal("E_DTYPE", what, where, "config.json", "", "float weights", found, remedy)
-    differs = intake.architecture_differs(read_json(base.folder / "config.json"), config)
+    differs = intake.architecture_differs(own, config)
     if not differs:
         return None
     field, expected, got = differs

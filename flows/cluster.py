@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.exceptions import PrefectException
 from prefect.futures import wait
 
 from flows.first_pass import Folded, Measures, fold_part
@@ -16,7 +18,19 @@ from registry.files import shown
 from registry.records import FoldinError, Refusal
 
 
-@task(name="fold part", task_run_name="{file}", cache_policy=NO_CACHE, persist_result=False, retries=1)
+def _may_help(task: object, run: object, state: State[Any]) -> bool:
+    """Whether a part may succeed when it is tried again; what foldin refused once it refuses again."""
+    return not isinstance(state.result(raise_on_failure=False), FoldinError)
+
+
+@task(
+    name="fold part",
+    task_run_name="{file}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=1,
+    retry_condition_fn=_may_help,
+)
 def fold_part_task(file: str, work: Callable[[], Folded]) -> list[Measures]:
     """One part; repeated, it finds what was finished."""
     import torch
@@ -31,6 +45,7 @@ def fold_on_cluster(scheduler: str, folder: Path, records: Path, plan: Plan, dev
     Raises:
         FoldinError: as `passes.fold_state`, E_PROFILE where a worker would give other bytes than this process, and
             E_SERVER where the cluster cannot be reached or does not see the folders.
+        KilledWorker: a part took its worker down again and again, as it would have taken this process down.
     """
     from prefect_dask.task_runners import DaskTaskRunner
 
@@ -52,9 +67,7 @@ def fold_on_cluster(scheduler: str, folder: Path, records: Path, plan: Plan, dev
 
     try:
         fold_parts()
-    except FoldinError:
-        raise
-    except Exception as error:  # of Dask, of its network, of a worker that died: none of them is an expert's fault
+    except (OSError, PrefectException) as error:
         what, remedy = "the Dask cluster cannot fold", "start it with workers that see these folders, then run again"
         found = f"{type(error).__name__}: {error}"
         raise FoldinError(Refusal("E_SERVER", what, scheduler, found=shown(found), remedy=remedy)) from error

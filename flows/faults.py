@@ -1,12 +1,24 @@
-"""What goes wrong while tensors are folded, said with the tensor's name, and whose fault it is."""
+"""What goes wrong while an expert is read and folded, and whose fault it is: its own, the base's, or the machine's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from registry.files import shown
 from registry.records import FoldinError, Refusal
 
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # how torch says it, by device
+# How torch says it in a RuntimeError: on processors, of a mapped file, on GPUs, and where a GPU's library has none.
+NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED"),
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the machine or its device has too little memory, which is no expert's fault."""
+    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one
+        return any(sign in str(error) for sign in NO_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 @contextmanager
@@ -19,11 +31,20 @@ def blamed(name: str) -> Iterator[None]:
     except MergeError as error:
         raise FoldinError(unfoldable(name, "the tensor cannot be folded", str(error))) from error
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY)):
+        if not is_out_of_memory(error):
             raise
         what, remedy = "there is too little memory for the tensor", "set workers to a smaller number, or use a machine"
         refusal = Refusal("E_MEMORY", what, "", "", name, "", shown(str(error)), f"{remedy} with more memory")
         raise FoldinError(refusal) from error
+
+
+@contextmanager
+def said_of(where: str) -> Iterator[None]:
+    """Whatever is refused in the block is said of `where`, whoever found it and under whatever name."""
+    try:
+        yield
+    except FoldinError as error:
+        raise FoldinError(replace(error.refusal, where=where)) from error
 
 
 def unfoldable(name: str, what: str, found: str) -> Refusal:

@@ -9,7 +9,7 @@ from flows.faults import blamed
 from flows.parts import Part
 from flows.plan import Plan, numerics_profile
 from flows.pool import Job
-from flows.second_pass import Read, Reader, read_tensor
+from flows.second_pass import Read, Reader, expect_slots, read_tensor
 from registry.files import read_json, sha256_file, write_json
 from registry.records import FoldinError, Refusal, TensorSpec
 
@@ -32,21 +32,22 @@ class Folded(NamedTuple):
 
 
 def part_job(folder: Path, records: Path, plan: Plan, part: Part, stats: "Stats | None" = None) -> Job:
-    """`fold_part` as a job of a pool."""
+    """`fold_part` as a job of a pool; the file is for `files.sync` to make durable, beside the next one's work."""
 
     def expect() -> None:
         for name in part.names:
-            plan.base.expect(name)
+            if not plan.is_factored(name):
+                plan.base.expect(name)
             for expert in plan.experts:
                 if name in expert.moved:
                     expert.expect(name)
-            if plan.slots is not None and f"{name}:total" in plan.slots:
-                plan.slots.expect(f"{name}:total")
+            if plan.slots is not None:
+                expect_slots(plan.slots, name)
 
     need = max(_memory(plan, name) for name in part.names)
     if stats is not None:
         need += sum(plan.base.stored[name].bytes for name in part.names)
-    return Job(lambda device: fold_part(folder, records, plan, part, device, stats), need, expect)
+    return Job(lambda device: fold_part(folder, records, plan, part, device, stats, durable=False), need, expect)
 
 
 def _memory(plan: Plan, name: str) -> int:
@@ -60,7 +61,15 @@ def _memory(plan: Plan, name: str) -> int:
     return mapped + earlier + entries * (20 if name in plan.kinds.projected and not plan.is_factored(name) else 8)
 
 
-def fold_part(folder: Path, records: Path, plan: Plan, part: Part, device: str, stats: "Stats | None" = None) -> Folded:
+def fold_part(
+    folder: Path,
+    records: Path,
+    plan: Plan,
+    part: Part,
+    device: str,
+    stats: "Stats | None" = None,
+    durable: bool = True,  # as `files.replacing`; what is lost after a crash is made again, for its record tells
+) -> Folded:
     """One part, on any worker that sees the same folders: what each expert did, and its serving tensors given `stats`.
 
     Repeating it is harmless: a part that was finished is found again.
@@ -73,7 +82,7 @@ def fold_part(folder: Path, records: Path, plan: Plan, part: Part, device: str, 
         _check_profile(plan, device)
         measures = [{} for _ in plan.experts]
         entries = _entries(plan, part, device, measures, stats, reads)
-        sha256 = write_part(folder / part.file, specs_of(plan, part), entries)
+        sha256 = write_part(folder / part.file, specs_of(plan, part), entries, durable)
         write_json(
             _record(records, part),
             {"sha256": sha256, "plan": plan.sha256, "profile": dict(plan.profile), "measures": measures},
@@ -107,6 +116,12 @@ def _recorded(folder: Path, records: Path, part: Part, plan: Plan) -> "list[Meas
     if [each.keys() for each in facts["measures"]] != [set(part.names)] * len(plan.experts):  # cut in another way
         return None
     return [{name: Measure(*values) for name, values in each.items()} for each in facts["measures"]]
+
+
+def recorded_sha256(records: Path, part: Part) -> str:
+    """The digest of a finished part's file."""
+    digest: str = read_json(_record(records, part))["sha256"]
+    return digest
 
 
 def _record(records: Path, part: Part) -> Path:

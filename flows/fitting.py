@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from flows.kinds import stored_twice
+from flows.faults import said_of
+from flows.matching import untied, vocabulary_rows
 from flows.versions import Version
 from registry import intake
 from registry.records import Refusal, TensorSpec
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from evaluation.architecture import Anatomy
     from registry.adapters import Adapter
     from registry.weights import Checkpoint
-
-VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +112,14 @@ def fit(base: Version, files: intake.Admitted, has_head: bool, where: str) -> Fi
         where: names the expert in messages.
 
     Raises:
-        FoldinError: as `Checkpoint` and `Adapter` do for files that are not sound.
+        FoldinError: as `Checkpoint` and `Adapter` do for files that are not sound; what is wrong with the base's is
+            said of `base.where`.
     """
     from evaluation.architecture import anatomy
 
-    weights = base.weights()
-    known = anatomy(base.folder, list(weights))
+    with said_of(base.where):
+        weights = base.weights()
+        known = anatomy(base.folder, list(weights))
     if files.is_adapter:
         return _fit_adapter(base, weights, files, known, where)
     return _fit_checkpoint(base, weights, files, known, has_head, where)
@@ -147,14 +147,12 @@ def _fit_adapter(
 def _fit_checkpoint(
     base: Version, weights: "Checkpoint", files: intake.Admitted, known: "Anatomy", has_head: bool, where: str
 ) -> Fit | Refusal:
-    from evaluation import models
     from registry.weights import Checkpoint, content_sha256
 
-    whole = _aligned(Checkpoint.open(files.folder, where), weights, models.base_prefix(base.folder, list(weights)))
-    body = _untied(whole, weights, known.aliases, where)
+    body = untied(_aligned(Checkpoint.open(files.folder, where), base, weights), weights, known.aliases, where)
     if isinstance(body, Refusal):
         return body
-    rows = _rows(base, weights, body, files, known, where)
+    rows = vocabulary_rows(weights, body, known.vocabulary, where)
     if isinstance(rows, Refusal):
         return rows
     fitted = Fitted(body, weights, rows=rows)
@@ -169,61 +167,15 @@ def _fit_checkpoint(
     return Fit(own, body.only([name for name in body if name not in weights]), digest)
 
 
-def _aligned(expert: "Checkpoint", base: "Checkpoint", prefix: str) -> "Checkpoint":
+def _aligned(expert: "Checkpoint", base: Version, weights: "Checkpoint") -> "Checkpoint":
     """The expert by the base's names: task models store the base's tensors below a prefix such as `vit.`."""
-    if prefix and not any(name in base for name in expert):
-        return expert.prefixed(prefix)
-    return expert
+    from evaluation.models import base_prefix
 
-
-def _untied(expert: "Checkpoint", base: "Checkpoint", aliases: Mapping[str, str], where: str) -> "Checkpoint | Refusal":
-    """The expert with each tied weight under the one name that is folded; both names must hold the same values."""
-    import torch
-
-    renamed, dropped = dict[str, str](), set[str]()
-    for name, kept in aliases.items():
-        if name not in expert or (name in base and not stored_twice(base, name, kept)):
-            continue
-        twin = kept if kept in expert else next((other for other, to in renamed.items() if to == kept), None)
-        if twin is None:
-            renamed[name] = kept
-        elif torch.equal(expert[name], expert[twin]):
-            dropped.add(name)
-        else:
-            what = f"it is tied to {kept} in the base and holds other values in the expert"
-            return Refusal("E_SCHEMA", what, where, tensor=name, remedy="tie the two again, and train it once more")
-    return expert.only(set(expert) - dropped).renamed(lambda name: renamed.get(name, name))
-
-
-def _rows(
-    base: Version, weights: "Checkpoint", expert: "Checkpoint", files: intake.Admitted, known: "Anatomy", where: str
-) -> dict[str, tuple[int, ...]] | Refusal:
-    """Per vocabulary tensor the expert's row for each of the base's; none where both have the same tokens."""
-    from evaluation.vocabulary import matched_rows
-
-    tables = sorted(name for name in known.vocabulary if name in expert and name in weights)
-    lengths = {name: (weights.stored[name].spec.shape[0], expert.stored[name].spec.shape[0]) for name in tables}
-    if not tables or (all(own == new for own, new in lengths.values()) and _same_tokenizer(base.folder, files.folder)):
-        return {}
-    matched = {own: matched_rows(base.folder, files.folder, own, where) for own in {own for own, _ in lengths.values()}}
-    rows: dict[str, tuple[int, ...]] = {}
-    for name, (own, new) in lengths.items():
-        found = matched[own]
-        if isinstance(found, Refusal):
-            return replace(found, tensor=name)
-        if max(found, default=-1) >= new:
-            what = "the tokenizer has more tokens than the tensor has rows"
-            remedy = "save the tokenizer it was trained with"
-            return Refusal("E_VOCABULARY", what, where, "", name, f"{max(found) + 1} rows", f"{new}", remedy)
-        if own != new or any(row >= 0 and row != place for place, row in enumerate(found)):
-            rows[name] = found
-    return rows
-
-
-def _same_tokenizer(base: Path, expert: Path) -> bool:
-    """Whether nothing says that the expert's tokens are others than the base's."""
-    shared = [name for name in VOCABULARIES if (base / name).exists() and (expert / name).exists()]
-    return all((base / name).read_bytes() == (expert / name).read_bytes() for name in shared)
+    if any(name in weights for name in expert):
+        return expert
+    with said_of(base.where):
+        prefix = base_prefix(base.folder, list(weights))
+    return expert.prefixed(prefix) if prefix else expert
 
 
 def _check_names(base: "Checkpoint", expert: Fitted, has_head: bool, where: str, version: Version) -> Refusal | None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from flows.admission import Admitted
 from flows.config import LineConfig
-from flows.first_pass import Measures
+from flows.first_pass import Measures, recorded_sha256
 from flows.parts import state_parts
 from flows.passes import Serving, fold_once, fold_state, materialise, stats_after
-from flows.plan import Plan, plan_for
+from flows.plan import Plan
+from flows.planning import plan_for
 from flows.pool import devices_of
-from flows.versions import HEADS, STATE_FILE, STATE_FOLDER, Folded, Memory, Version
-from registry.files import hash_tree, read_json, write_json
+from flows.versions import HEADS, STATE_FILE, STATE_FOLDER, STATE_FORMAT, Folded, Memory, Version
+from registry.files import hash_tree, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
     from merging.measure import Measure
@@ -45,7 +46,7 @@ def fold(
     """The candidate in `scratch`, made or found finished; the same inputs and numerics profile give the same bytes."""
     from merging.measure import summarise
 
-    folder = scratch / "candidate"
+    folder, records = scratch / "candidate", scratch / "parts"
     overlap = _finished(scratch)
     if overlap is None:
         plan = plan_for(settings, base, parent, experts)
@@ -54,16 +55,17 @@ def fold(
         if cluster:
             from flows.cluster import fold_on_cluster
 
-            fold_on_cluster(cluster, folder / STATE_FOLDER, scratch / "parts", plan, settings.device)
+            fold_on_cluster(cluster, folder / STATE_FOLDER, records, plan, settings.device)
         _clear(folder, {part.file for part in state_parts(plan)})
-        measures, serving = _passes(folder, scratch / "parts", plan, devices, progress)
+        measures, serving = _passes(folder, records, plan, devices, progress)
         stats = stats_after(plan, measures)
         _copy_companions(base.folder, parent.folder, folder)
         for expert in experts:
             _write_head(folder, expert)
         write_json(folder / STATE_FILE, _memory(settings, parent, experts, plan, stats, measures, serving))
         overlap = summarise(measures[-1])
-        write_json(scratch / DONE_FILE, {"files": hash_tree(folder), "overlap": overlap})
+        known = {f"{STATE_FOLDER}/{part.file}": recorded_sha256(records, part) for part in state_parts(plan)}
+        write_json(scratch / DONE_FILE, {"files": _digests(folder, {**known, **serving.files}), "overlap": overlap})
     return Candidate(folder, Memory.read(folder), overlap)
 
 
@@ -115,7 +117,7 @@ def _memory(
         stored=plan.stored[-1],
         cast_loss=serving.cast_loss,
     )
-    return {"format": 1, **asdict(memory)}
+    return {"format": STATE_FORMAT, **asdict(memory)}
 
 
 def _folded(plan: Plan, expert: Admitted, measures: "Mapping[str, Measure]") -> Folded:
@@ -142,6 +144,12 @@ def _write_head(folder: Path, expert: Admitted) -> None:
     if len(expert.head):
         layout = {f"{expert.task}.safetensors": sorted(expert.head)}
         write_checkpoint(folder / HEADS, expert.head.specs, expert.head.__getitem__, layout=layout)
+
+
+def _digests(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of every file of a candidate; those of the tensors are known since they were written."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: known.get(name) or sha256_file(folder / name) for name in names}
 
 
 def _finished(scratch: Path) -> dict[str, dict[str, float]] | None:

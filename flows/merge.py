@@ -15,6 +15,7 @@ from flows import showing
 from flows.admission import Admitted, admit, declared_task
 from flows.champion import follow, reconcile
 from flows.config import LineConfig
+from flows.faults import is_out_of_memory
 from flows.folding import Candidate, fold
 from flows.leasing import held
 from flows.publishing import metrics_of, register, show, write_report, write_version_manifest
@@ -92,14 +93,15 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
 def surroundings() -> Iterator[None]:
     """Turn what the machine does to a run (disk, memory, network) into a typed error, which is no expert's fault."""
     from httpx import HTTPError
-    from torch import OutOfMemoryError
 
     try:
         yield
     except (OSError, HTTPError) as error:
         what, remedy = "the system refused something", "free space, or repair what it names, and run this again"
         raise FoldinError(Refusal("E_SYSTEM", what, found=shown(str(error)), remedy=remedy)) from error
-    except (OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         what, remedy = "there is not enough memory", "free some, or set device to one that has more"
         raise FoldinError(Refusal("E_MEMORY", what, found=shown(str(error)), remedy=remedy)) from error
 

@@ -6,7 +6,7 @@ from math import prod
 
 from flows.plan import Plan
 
-PART_BYTES = 32 * 2**20  # of state in one part: what a crash costs, and what one worker takes at a time
+PART_BYTES = 32 * 2**20  # written for one part: what a crash costs, and what one worker takes at a time
 MOST_PARTS = 256
 
 
@@ -27,13 +27,15 @@ def state_parts(plan: Plan) -> list[Part]:
 
 
 def _cut_by_cost(plan: Plan, target: int) -> tuple[tuple[str, ...], ...]:
-    """The names of the plan cut into parts of about equal cost, as many as there are `target` bytes of state.
+    """The names of the plan cut into parts of about equal cost, as many as there are `target` bytes to write.
 
     The cut depends on the model alone, never on the number of workers, so that a state's files do not either.
     """
-    sizes = {name: sum(4 * prod(spec.shape) for spec in plan.slot_specs(name).values()) for name in plan.names}
+    sizes = [4 * prod(spec.shape) for name in plan.names for spec in plan.slot_specs(name).values()]
+    if plan.one_pass:  # a part's serving weights are held until they are written
+        sizes += [plan.base.stored[name].bytes for name in plan.names]
     costs = {name: cost(plan, name) for name in plan.names}
-    count = max(1, min(MOST_PARTS, round(sum(sizes.values()) / target)))
+    count = max(1, min(MOST_PARTS, round(sum(sizes) / target)))
     return tuple(_cut(plan.names, costs, count))
 
 
@@ -41,7 +43,7 @@ def cost(plan: Plan, name: str) -> float:
     """What folding one tensor takes, in multiply-adds of float64 products; entries count as 50 for being moved."""
     shape = plan.base.stored[name].spec.shape
     moved = 50.0 * sum(prod(spec.shape) for spec in plan.slot_specs(name).values()) + 10.0 * prod(shape)
-    if name not in plan.kinds.projected or plan.is_factored(name):
+    if plan.is_plain(name) or plan.is_factored(name):
         return moved
     stacks, rows, columns = (shape[0], *shape[1:]) if name in plan.kinds.stacked else (1, shape[0], prod(shape[1:]))
     short, long = min(rows, columns), max(rows, columns)

@@ -1,8 +1,8 @@
 """The two passes over a model: experts into the state, then base and state into serving weights.
 
 A pass reads each tensor once, whatever the number of experts, and holds a few tensors at a time, whatever the size of
-the model; what is computed entry by entry never lies in memory whole. The state is written in parts, one worker each; a
-part that is there with its record is not made again.
+the model; what is computed entry by entry lies in memory whole only in the base's dtype. The state is written in parts,
+one worker each; a part that is there with its record is not made again.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from flows.first_pass import Folded, Measures, part_job, specs_of
 from flows.parts import Part, state_parts
 from flows.plan import Plan
-from flows.pool import pool
+from flows.pool import pool, syncing
 from flows.second_pass import Read, read_job, read_tensor
 from registry.files import sweep
 
@@ -30,6 +30,7 @@ class Serving(NamedTuple):
 
     sha256: str  # content digest of the serving weights
     cast_loss: float  # norm of what the casts to the base's dtypes took away, over the norm of what was added
+    files: Mapping[str, str]  # file of the checkpoint -> SHA-256 of its bytes
 
 
 def fold_state(
@@ -46,9 +47,10 @@ def fold_state(
     """
     parts, done, measures = state_parts(plan), 0, list[list[Measures]]()
     sweep(folder)
-    with pool(devices) as run:
+    with pool(devices) as run, syncing() as later:
         found = run(part_job(folder, records, plan, part) for part in parts)
         for part, each in zip(parts, cast("Iterator[Folded]", found), strict=True):
+            later(folder / part.file)
             measures.append(each.measures)
             done += len(part.names)
             progress(done, len(plan.names))
@@ -75,11 +77,13 @@ def fold_once(
         for name in (name for names in plan.base.layout.values() for name in names):
             if name in plan.names_set and name not in ready:
                 folded = cast("Folded", next(results))
+                later(state / parts[len(measures)].file)
                 measures.append(folded.measures)
                 ready.update({read.name: read for read in folded.reads})
+                del folded  # with its tensors, before the next part is waited for
             yield ready.pop(name) if name in plan.names_set else read_tensor(plan, None, stats, name, devices[0])
 
-    with pool(devices) as run:
+    with pool(devices) as run, syncing() as later:
         results = run(part_job(state, records, plan, part, stats) for part in parts)
         serving = _serve(folder, plan, reads(), progress)
     return _finish(state, plan, parts, measures), serving
@@ -140,8 +144,10 @@ def _serve(folder: Path, plan: Plan, found: "Iterator[Read]", progress: Progress
         for read in found:
             yield from (Entry(read.name, piece) for piece in read.pieces)
             reads.append(read._replace(pieces=[]))
+            del read  # with its tensor, before the next one is waited for
             progress(len(reads), len(plan.base))
 
-    write_stream(folder, plan.base.specs, entries(), layout=plan.base.layout)
+    files = write_stream(folder, plan.base.specs, entries(), layout=plan.base.layout)
     moved, lost = quadrature(read.moved for read in reads), quadrature(read.lost for read in reads)
-    return Serving(combined_sha256({read.name: read.sha256 for read in reads}), lost / moved if moved else 0.0)
+    digest = combined_sha256({read.name: read.sha256 for read in reads})
+    return Serving(digest, lost / moved if moved else 0.0, files)

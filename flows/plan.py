@@ -3,17 +3,15 @@
 import hashlib
 import json
 import platform
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.admission import Admitted
-from flows.config import LineConfig
 from flows.fitting import Fitted
-from flows.kinds import Kinds, kinds_of
-from flows.versions import Version
-from registry.records import FoldinError, Refusal, TensorSpec
+from flows.kinds import Kinds
+from registry.records import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,17 +85,14 @@ class Plan:
         return name in self.kinds.means or name in self.kinds.variances
 
     def tensor(self, tensors: "Mapping[str, Tensor]", name: str) -> "Tensor":
-        """A tensor of the base or of an expert as it is folded: in place of a running variance the mean square.
-
-        It is taken about the base's mean, so that no small variance is lost beside a large mean.
-        """
+        """A tensor of the base or of an expert as it is folded: in place of a running variance the second moment."""
         from merging.statistics import second_moment
 
         if name not in self.kinds.variances:
             return tensors[name]
         pair = (self.kinds.variances[name], name)
         mean, variance = (tensors[each] if each in tensors else self.base[each] for each in pair)
-        return second_moment(mean.double() - self.base[pair[0]].double(), variance)
+        return second_moment(self.base[pair[0]], mean, variance)
 
     def is_factored(self, name: str) -> bool:
         """Whether a tensor's total is kept as factors after this pass."""
@@ -134,12 +129,20 @@ def numerics_profile(device: str) -> dict[str, str]:
 
     return {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "threads": "1",
         "python": platform.python_version(),
     }
+
+
+def _processor() -> str:
+    """The kind of processor: libraries choose their routines by maker, model and instruction set."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    kind = [facts.get(key, "") for key in ("vendor_id", "cpu family", "model", "model name")]
+    return " ".join(filter(None, ("cpu", platform.machine(), *kind, torch.backends.cpu.get_cpu_capability())))
 
 
 def state_in(slots: Mapping[str, "Tensor"], name: str, method: "Method", device: str) -> "State | Factors | None":
@@ -153,127 +156,3 @@ def state_in(slots: Mapping[str, "Tensor"], name: str, method: "Method", device:
     if f"{name}:total" not in slots:
         return None
     return {slot: slots[f"{name}:{slot}"].to(device) for slot in method.init(torch.empty(0))}
-
-
-def plan_for(settings: LineConfig, base: Version, parent: Version, experts: Sequence[Admitted]) -> Plan:
-    """The plan of folding experts into a version.
-
-    Raises:
-        FoldinError: E_METHOD when the line's method is not the one that wrote the parent's state.
-    """
-    from evaluation.architecture import anatomy
-
-    _check_method(settings, parent)
-    weights = base.weights()
-    kinds = kinds_of(settings, weights, anatomy(base.folder, list(weights)))
-    slots = parent.slots()
-    return make_plan(
-        settings.method,
-        settings.parameters,
-        weights,
-        slots,
-        tuple(expert.body for expert in experts),
-        kinds,
-        stats=parent.memory.stats,
-        stored=parent.memory.stored,
-        device=settings.device,
-    )
-
-
-def make_plan(
-    method: str,
-    parameters: Mapping[str, Any],
-    base: "Checkpoint",
-    slots: "Checkpoint | None",
-    experts: tuple[Fitted, ...],
-    kinds: Kinds,
-    *,
-    stats: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    stored: Mapping[str, str] | None = None,  # by the experts before
-    device: str = "cpu",
-) -> Plan:
-    """A plan from its parts: names, dtypes and ranks follow from what the experts and the slots hold."""
-    experts = tuple(_with_moments(expert, kinds) for expert in experts)
-    touched = _touched(slots).union(*(expert.moved for expert in experts))
-    names = tuple(name for name in base.stored if name in touched and _is_folded(base, name, kinds))
-    plan = Plan(method, dict(parameters), base, slots, experts, kinds, stats, names, (), {}, numerics_profile(device))
-    steps, before = list[Mapping[str, str]](), _touched(slots)
-    for expert in experts:
-        steps.append(_coarsest(base, steps[-1] if steps else stored or {}, expert, before))
-        before |= expert.moved
-    ranks = {name: _ranks(plan, name) for name in names if plan.rule.additive}
-    factored = {name: each for name, each in ranks.items() if max(_rank_before(plan, name), *each) > 0}
-    return replace(plan, stored=tuple(steps), ranks=factored)
-
-
-def _with_moments(expert: Fitted, kinds: Kinds) -> Fitted:
-    """The expert with the mean squares that its means moved, whether or not the variances beside them moved too."""
-    return replace(expert, moved=expert.moved.union(kinds.means[name] for name in expert.moved & kinds.means.keys()))
-
-
-def _is_folded(base: "Checkpoint", name: str, kinds: Kinds) -> bool:
-    from merging.fold import is_folded
-    from registry.weights import DTYPES
-
-    return is_folded(DTYPES[base.stored[name].spec.dtype]) and name not in kinds.untouched and name not in kinds.same
-
-
-def _touched(slots: "Checkpoint | None") -> frozenset[str]:
-    """Names of the tensors that somebody moved before."""
-    return frozenset(key.rpartition(":")[0] for key in slots or ())
-
-
-def _coarsest(
-    base: "Checkpoint",
-    earlier: Mapping[str, str],  # what this was before the expert
-    expert: Fitted,
-    before: Collection[str],  # what others moved
-) -> dict[str, str]:
-    """Per tensor the coarsest dtype that those who moved it rounded it to, where that is not the base's."""
-    import torch
-
-    from registry.weights import DTYPES
-
-    stored = dict(earlier)
-    for name in expert.moved:
-        if name not in base or name not in expert or not DTYPES[expert.specs[name].dtype].is_floating_point:
-            continue
-        known = [stored.get(name, base.stored[name].spec.dtype)] if name in before else []
-        stored[name] = max([expert.rounded_to(name), *known], key=lambda dtype: torch.finfo(DTYPES[dtype]).eps)
-    return {name: dtype for name, dtype in stored.items() if dtype != base.stored[name].spec.dtype}
-
-
-def _ranks(plan: Plan, name: str) -> tuple[int, ...]:
-    """The rank of a tensor's total after each expert, as long as it is kept as factors: then -1."""
-    from merging.lowrank import fits
-
-    rank, ranks, shape = _rank_before(plan, name), list[int](), plan.base.stored[name].spec.shape
-    for expert in plan.experts:
-        if name in expert.moved:
-            own = expert.rank(name)
-            kept = own is not None and rank >= 0 and fits(rank + own, shape)
-            rank = rank + own if kept and own is not None else -1
-        ranks.append(rank)
-    return tuple(ranks)
-
-
-def _rank_before(plan: Plan, name: str) -> int:
-    if plan.slots is None or not any(f"{name}:total{end}" in plan.slots for end in ("", f".{LEFT}")):
-        return 0
-    key = f"{name}:total.{LEFT}"
-    return plan.slots.stored[key].spec.shape[1] if key in plan.slots else -1
-
-
-def _check_method(settings: LineConfig, parent: Version) -> None:
-    """Another method cannot read the state that this one wrote."""
-    if parent.memory.experts and parent.memory.method != settings.method:
-        raise FoldinError(
-            Refusal(
-                code="E_METHOD",
-                what="the line's method was changed after experts were folded",
-                where=f"version {parent.number}",
-                expected=f"method {parent.memory.method}",
-                found=f"method {settings.method}",
-                remedy="set the method back, or start a new line for the new method",
-            )
-        )

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from threading import local
 from typing import NamedTuple, TypeVar
 
+from registry.files import sync
+
 T = TypeVar("T")
 AHEAD = 4  # jobs per worker: no worker waits because the next result in order is a slow one
-BUDGET = 2**30  # bytes that the jobs under way may need together; one that needs more has the machine to itself
+BUDGET = 2**30  # bytes that jobs may need together before more of them are begun than there are workers
 
 
 class Job(NamedTuple):
@@ -65,6 +68,16 @@ def pool(devices: tuple[str, ...]) -> Iterator[Callable[[Iterable[Job]], Iterato
             torch.set_num_threads(threads)  # threads made later start with what was set last, in whatever thread
 
 
+@contextmanager
+def syncing() -> Iterator[Callable[[Path], None]]:
+    """A function that makes a file durable while other things go on; all of them are when the block ends well."""
+    with ThreadPoolExecutor(1, "sync") as executor:
+        begun: list[Future[None]] = []
+        yield lambda path: begun.append(executor.submit(sync, path))
+        for each in begun:
+            each.result()
+
+
 def _here(jobs: Iterable[Job], device: str) -> Iterator[object]:
     """Results of a single worker, this thread; the system reads the next job's files meanwhile."""
     waiting: deque[Job] = deque()
@@ -82,7 +95,7 @@ def _in_order(jobs: Iterable[Job], submit: Callable[[Job], "Future[object]"], wo
     waiting: deque[tuple[Future[object], int]] = deque()
     held = 0
     for job in jobs:
-        while waiting and (held + job.bytes > BUDGET or len(waiting) > AHEAD * workers):
+        while len(waiting) >= workers and (held + job.bytes > BUDGET or len(waiting) > AHEAD * workers):
             future, size = waiting.popleft()
             yield future.result()
             del future

@@ -5,7 +5,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from flows.faults import blamed, unfoldable
-from flows.plan import Plan, state_in
+from flows.plan import LEFT, RIGHT, Plan, state_in
 from flows.pool import Job
 from registry.records import FoldinError
 
@@ -32,12 +32,19 @@ def read_job(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: str) 
 
     def expect() -> None:
         plan.base.expect(name)
-        if slots is not None and f"{name}:total" in slots:
-            slots.expect(f"{name}:total")
+        if slots is not None:
+            expect_slots(slots, name)
 
     stored = plan.base.stored[name]
-    need = 2 * (stored.end - stored.begin) + 4 * prod(stored.spec.shape)
+    need = 2 * stored.bytes + 4 * prod(stored.spec.shape)
     return Job(lambda device: read_tensor(plan, slots, stats, name, device), need, expect)
+
+
+def expect_slots(slots: "Checkpoint", name: str) -> None:
+    """Tell the system that what is kept of a tensor is read soon."""
+    for key in (f"{name}:total", f"{name}:total.{LEFT}", f"{name}:total.{RIGHT}"):
+        if key in slots:
+            slots.expect(key)
 
 
 def read_tensor(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: str, device: str) -> Read:
@@ -53,8 +60,8 @@ def read_tensor(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: st
         source = merged(plan, slots, stats, kept, device, ending)
     with blamed(kept):
         for piece in source:
-            digest.update(raw_bytes(piece))
-            pieces.append(piece)
+            pieces.append(piece.cpu())
+            digest.update(raw_bytes(pieces[-1]))
     for each in ending:
         _check_finite(plan, kept, each)
     # Running statistics, and the second name of a tied tensor, do not count.
@@ -88,16 +95,14 @@ def _merged_variance(
 
     from merging.lowrank import Factors
     from merging.read import Reading
-    from merging.statistics import variance
-    from registry.weights import DTYPES
+    from merging.statistics import merged_variance
 
-    base, spec = plan.base[name].to(device), plan.base.stored[name].spec
-    moved = []
+    base, moved = plan.base[name].to(device), []
     for each in (plan.kinds.variances[name], name):
         state = state_in(slots, each, plan.method_for(each), device)
         assert not isinstance(state, Factors), "a vector has no factors"
         moved.append(torch.zeros_like(base) if state is None else plan.method_for(each).read(state, stats))
-    merged = variance(moved[0], base.double() + moved[1]).to(DTYPES[spec.dtype])
+    merged = merged_variance(base, *moved)
     ending.append(Reading(0.0, 0.0, bool(torch.isfinite(merged).all())))
     yield merged
 
@@ -123,8 +128,8 @@ class Reader:
         if self._room is None or self._room.shape[1] < len(base):
             self._room = reading_room(base)
         merged, sums = merged_piece(base, update, self._room)
-        self._digest.update(raw_bytes(merged))
         self._pieces.append(merged.cpu())
+        self._digest.update(raw_bytes(self._pieces[-1]))
         self._sums = sums if self._sums is None else self._sums + sums
 
     def read(self) -> "Read":

@@ -15,7 +15,7 @@ from flows.leasing import held
 from flows.plan import numerics_profile
 from flows.publishing import PAGE_FILE, register, write_version_manifest
 from flows.telling import say
-from flows.versions import REPORT_FILE, STATE_FILE, Memory
+from flows.versions import REPORT_FILE, STATE_FILE, STATE_FORMAT, Memory
 from flows.wiring import House, merge_key
 from registry import intake
 from registry.files import write_atomic, write_json
@@ -61,7 +61,7 @@ def _started(house: House, line: str, settings: LineConfig) -> int | None:
     if root is None or house.ledger.line(line).champion is None:
         return None
     if settings.base_sha256:
-        accepted = base_digests(house.mlflow.folder(line, root), house.ledger.line(line).base_sha256)
+        accepted = base_digests(house.mlflow.folder(line, root), house.ledger.line(line).base_sha256, f"{line} v{root}")
         _check_base(settings, line, accepted)
     return root
 
@@ -222,7 +222,7 @@ def _build(folder: Path, copy: intake.Admitted, settings: LineConfig, digest: st
     shutil.copytree(copy.folder, folder)
     profile = numerics_profile(settings.device)
     memory = Memory(settings.method, dict(settings.parameters), digest, digest, profile=profile)
-    write_json(folder / STATE_FILE, {"format": 1, **asdict(memory)})
+    write_json(folder / STATE_FILE, {"format": STATE_FORMAT, **asdict(memory)})
     record = Record(Report(digest, {}))
     write_json(folder / REPORT_FILE, as_json(record))
     write_atomic(folder / PAGE_FILE, as_html(record, "the base").encode())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flows.wiring import House
-from registry.files import MANIFEST, read_json, sha256_file, verify_manifest
+from registry.files import MANIFEST, read_json, sha256_file, shown, verify_manifest
 from registry.lineage import ancestry, parents_of
 from registry.records import FoldinError, Merge, Refusal
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from registry.weights import Checkpoint
 
 STATE_FILE = "foldin/state.json"
+STATE_FORMAT = 2  # of the memory and the slots; raised when what they say means something else
 STATE_FOLDER = "foldin/state"
 HEADS = "heads"
 REPORT_FILE = "foldin/report.json"
@@ -47,10 +48,16 @@ class Memory:
     cast_loss: float = 0.0  # norm of what the casts to the base's dtypes took away, over the norm of what was added
 
     @classmethod
-    def read(cls, folder: Path) -> "Memory":
-        """The memory of a version's folder."""
-        table = read_json(folder / STATE_FILE)
-        table.pop("format")
+    def read(cls, folder: Path, where: str = "") -> "Memory":
+        """The memory of a version's folder; `where` names the version in messages.
+
+        Raises:
+            FoldinError: E_FORMAT when another foldin wrote it, which meant something else by it.
+        """
+        table = read_json(folder / STATE_FILE, where)
+        found = table.pop("format", None)
+        if found != STATE_FORMAT:
+            raise FoldinError(_other_format(where, found))
         return cls(
             **{
                 **table,
@@ -79,18 +86,23 @@ class Version:
     manifest_sha256: str
     memory: Memory
 
+    @property
+    def where(self) -> str:
+        """Names the version in messages."""
+        return f"version {self.number}"
+
     def weights(self) -> "Checkpoint":
         """The serving weights, lazily."""
         from registry.weights import Checkpoint
 
-        return Checkpoint.open(self.folder, f"version {self.number}")
+        return Checkpoint.open(self.folder, self.where)
 
     def slots(self) -> "Checkpoint | None":
         """The slots of the fold's state, lazily, as NAME:SLOT -> tensor; None for the base."""
         from registry.weights import Checkpoint
 
         folder = self.folder / STATE_FOLDER
-        return Checkpoint.open(folder, f"state of version {self.number}") if folder.exists() else None
+        return Checkpoint.open(folder, f"state of {self.where}") if folder.exists() else None
 
 
 def head_of(folder: Path, task: str) -> "Checkpoint | None":
@@ -105,6 +117,16 @@ def open_version(house: House, line: str, number: int) -> Version:
     """A version of a line, every file compared with the manifest that the ledger recorded.
 
     Raises:
+        FoldinError: as `verified`, and as `Memory.read` for a version that another foldin made.
+    """
+    folder, manifest = verified(house, line, number)
+    return Version(number, folder, manifest, Memory.read(folder, f"{line} v{number}"))
+
+
+def verified(house: House, line: str, number: int) -> tuple[Path, str]:
+    """The folder of a version and its manifest's digest, every file compared with what the ledger recorded.
+
+    Raises:
         FoldinError: E_DIGEST naming the file that differs, or E_VERSION when foldin never registered it.
     """
     merge = find_merge(house, line, number)
@@ -114,7 +136,7 @@ def open_version(house: House, line: str, number: int) -> Version:
     wrong = verify_manifest(folder) if manifest == merge.manifest_sha256 else [_other_manifest(where, merge, manifest)]
     if wrong:
         raise FoldinError(wrong[0])
-    return Version(number, folder, manifest, Memory.read(folder))
+    return folder, manifest
 
 
 def find_merge(house: House, line: str, number: int) -> Merge:
@@ -142,6 +164,18 @@ def find_merge(house: House, line: str, number: int) -> Merge:
 def chain(house: House, line: str, number: int) -> list[int]:
     """A version and its ancestors, newest first; the last one is the base."""
     return ancestry(parents_of(house.ledger.merges(line)), number)
+
+
+def _other_format(where: str, found: object) -> Refusal:
+    return Refusal(
+        code="E_FORMAT",
+        what="another foldin wrote the version's memory, and meant something else by it",
+        where=where,
+        file=STATE_FILE,
+        expected=f"format {STATE_FORMAT}",
+        found=f"format {shown(found)}",
+        remedy="start a new line and register its experts there; the versions of this one can still be loaded",
+    )
 
 
 def _other_manifest(where: str, merge: Merge, found: str) -> Refusal:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from registry.ledger import Ledger
     from registry.mlflow_store import MlflowStore
 
-CODE_FORMAT = 3  # part of every merge key; raised when the same inputs would give other bytes
+CODE_FORMAT = 4  # part of every merge key; raised when the same inputs would give other bytes
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ MAX_BYTES = 2**40  # bytes that one copied folder may hold
 CHUNK = 2**20
 PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[\w.@+=, ()~-]{1,200}", re.ASCII)  # one path component that is safe everywhere
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
+# What the system says of itself when a file cannot be opened; it says nothing against the file.
+SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
 
 class Place(NamedTuple):
@@ -49,12 +51,15 @@ def open_regular(path: Path | str, where: str = "", dir_fd: int | None = None) -
 
     Raises:
         FoldinError: E_FILETYPE for a link, pipe, socket, device or folder; E_UNREACHABLE when it cannot be opened.
+        OSError: one of SYSTEM_ERRORS, such as too many open files, as it is.
     """
     place = Place(where, shown(os.path.basename(path)), "give regular files; copy links with their contents")
     try:
         # A pipe without a writer would block here for ever if not for O_NONBLOCK.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
+        if error.errno in SYSTEM_ERRORS:
+            raise
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise place.refuse("E_FILETYPE", "the file is a link or a socket", "a regular file") from error
         raise place.refuse("E_UNREACHABLE", "the file cannot be read", found=error.strerror or "") from error
@@ -69,11 +74,20 @@ def walk(folder: Path, where: str = "") -> Iterator[tuple[str, int]]:
     """(relative posix path, descriptor of its folder) of every file below `folder`, in no promised order.
 
     Raises:
-        FoldinError: E_FILETYPE where `folder` is not a folder or a link to a folder stands below it.
+        FoldinError: E_FILETYPE where `folder` is not a folder or a link to a folder stands below it; E_UNREACHABLE
+            where a folder below it cannot be opened.
+        OSError: as `open_regular`.
     """
+
+    def unread(error: OSError) -> None:
+        if error.errno in SYSTEM_ERRORS:
+            raise error
+        place = Place(where, shown(os.path.basename(error.filename)), "make the folder readable")
+        raise place.refuse("E_UNREACHABLE", "the folder cannot be read", found=error.strerror or "") from error
+
     if folder.is_symlink() or not folder.is_dir():
         raise Place(where, shown(folder.name), "give a folder").refuse("E_FILETYPE", "there is no folder of that name")
-    for parent, folders, names, descriptor in os.fwalk(folder):
+    for parent, folders, names, descriptor in os.fwalk(folder, onerror=unread):
         prefix = os.path.relpath(parent, folder)
         for name in folders:
             if stat.S_ISLNK(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
@@ -119,10 +133,11 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when the block ends well, and disappears when it does not.
 
     The bytes are on disk before the name is (write, fsync, rename, fsync of the folder); missing folders are made.
+    Without `durable` they are only after `sync`: for files that are known by their digest, or not used, after a crash.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -131,11 +146,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             with open(scratch, "xb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.replace(scratch, path)
-            fsync_dir(path.parent)
+            if durable:
+                fsync_dir(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Make a file that was written before, and its name, survive a power loss. Raises FoldinError E_DISK."""
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        fsync_dir(path.parent)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

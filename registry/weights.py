@@ -22,6 +22,7 @@ DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
     **{"U8": torch.uint8, "BOOL": torch.bool},
 }
+UNOPENED = "unable to open file"  # how torch begins when the system opens none
 SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -85,13 +86,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor. Raises KeyError for an unknown name, FoldinError E_FORMAT where the file has changed.
 
-        An OSError (too many open files, a disk that fails) says nothing against the file, and is left as it is.
+        An OSError (too many open files, a disk that fails) says nothing against the file, and comes out as one.
         """
         file, stored_name, spec, *_ = self.stored[name]
         place = Place(self.where, file, "restore the file, then run again")
         try:
-            with safe_open(self.folder / file, framework="pt", device="cpu") as tensors:
-                tensor: Tensor = tensors.get_tensor(stored_name)
+            tensor = _read(self.folder / file, stored_name)
         except (SafetensorError, FileNotFoundError) as error:
             what = "the tensor cannot be read any more"
             raise place.refuse("E_FORMAT", what, found=str(error), tensor=name) from error
@@ -142,6 +142,21 @@ class Checkpoint(Mapping[str, Tensor]):
             raise place.refuse("E_SCHEMA", "the checkpoint lacks this tensor", tensor=name)
         kept = {name: place for name, place in self.stored.items() if name in wanted}
         return Checkpoint(self.folder, self.where, kept)
+
+
+def _read(path: Path, name: str) -> Tensor:
+    """One tensor of a file; FileNotFoundError only where there is no such file."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+            return tensor
+    except FileNotFoundError as error:  # safetensors says so whatever the system said
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        raise OSError(*error.args) from error
+    except RuntimeError as error:  # of torch, which opens the file once more
+        if UNOPENED not in str(error):
+            raise
+        raise OSError(*error.args) from error
 
 
 def _stored(file: str, span: Span) -> Stored:

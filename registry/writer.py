@@ -47,13 +47,18 @@ def plan_layout(specs: Mapping[str, TensorSpec], max_bytes: int = 5 * 10**9) -> 
     return dict(zip(files, ordered, strict=True))
 
 
-def write_part(path: Path, specs: Mapping[str, TensorSpec], entries: Iterable[Entry]) -> str:  # specs: in file order
+def write_part(
+    path: Path,
+    specs: Mapping[str, TensorSpec],  # in file order
+    entries: Iterable[Entry],
+    durable: bool = True,  # as `files.replacing`
+) -> str:
     """Write one file of a checkpoint whose other files and index are written apart; the SHA-256 of its bytes.
 
     A tensor may come in pieces, so that none is ever whole in memory. Raises as `write_stream`.
     """
     stream, place = iter(entries), Place(str(path.parent), path.name)
-    with replacing(path) as target:
+    with replacing(path, durable) as target:
         digest = _write_pieces(target, specs, stream, place)
         _check_end(stream, place)
     return digest

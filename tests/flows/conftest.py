@@ -20,7 +20,8 @@ from flows.config import LineConfig, load
 from flows.fitting import Fit, fit
 from flows.kinds import kinds_of
 from flows.passes import Serving, fold_state, materialise, stats_after
-from flows.plan import Plan, make_plan
+from flows.plan import Plan
+from flows.planning import make_plan
 from flows.serve import temporary_prefect
 from flows.versions import Memory, Version
 from flows.wiring import house

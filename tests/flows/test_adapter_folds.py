@@ -13,6 +13,7 @@ from flows.fitting import Refusal
 from flows.plan import LEFT, RIGHT
 from registry.adapters import Adapter
 from registry.files import hash_tree
+from registry.weights import Checkpoint
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 LLAMA = {**SIZES, "vocab_size": 40, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
@@ -74,8 +75,6 @@ def zoo(tmp_path_factory):
 
 def densify(base, adapter, folder):
     """The adapter as a full checkpoint, computed from its factors as the engine reads them."""
-    from registry.weights import Checkpoint
-
     weights = Checkpoint.open(base, "base")
     found = Adapter.open(adapter, weights)
     folder.mkdir(parents=True)
@@ -202,6 +201,27 @@ def test_the_number_of_workers_changes_no_byte_of_factors(zoo, bare_line, monkey
     done = [line.fold(*zoo.adapters[:2]) for line in lines]
     assert len(done[0].bytes) > 2
     assert done[0].bytes == done[1].bytes
+
+
+def test_parts_of_one_pass_count_the_serving_weights_that_they_hold(zoo, bare_line, monkeypatch):
+    """The factors are small, and the weights that a part makes of them are not."""
+    from flows import parts
+
+    monkeypatch.setattr(parts, "PART_BYTES", 8 * 1024)
+    for method, few in (("average", False), ("opcm", True)):
+        plan = bare_line(zoo.base, method=method).plan(zoo.adapters[0])
+        written = [sum(plan.base.stored[name].bytes for name in part.names) for part in parts.state_parts(plan)]
+        assert plan.one_pass is not few
+        assert (max(written) > 16 * 1024) is few
+
+
+def test_only_what_is_read_is_read_ahead(zoo, bare_line, monkeypatch):
+    """Factors need no base; what is kept of them is asked for by its own names."""
+    line, asked = bare_line(zoo.base), []
+    line.fold(zoo.adapters[0])
+    monkeypatch.setattr(Checkpoint, "expect", lambda self, name: asked.append((self.where, name)))
+    line.fold(zoo.adapters[1])
+    assert set(asked) == {("state", f"{name}:total.{side}") for name in ADAPTED for side in (LEFT, RIGHT)}
 
 
 def test_magmax_keeps_adapters_as_matrices(zoo, bare_line, tmp_path):

@@ -465,6 +465,50 @@ def test_a_damaged_copy_in_our_own_store_is_not_the_experts_fault(at, zoo, tmp_p
     assert [each["state"] for each in look(at)] == ["folded"]
 
 
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def broken(path):
+    path.write_bytes(b"{")
+
+
+def other_architecture(path):
+    path.write_text(path.read_text().replace("BertModel", "BertModell"))
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "says"),
+    [
+        (WEIGHTS, cut_off, rf"E_FORMAT version 1, file {WEIGHTS}, tensor \S+: the file is cut off"),
+        ("config.json", broken, "E_FORMAT version 1, file config.json: the JSON is not valid"),
+        ("config.json", other_architecture, "E_CONFIG version 1, file config.json: the architecture is unknown"),
+        ("foldin/manifest.json", broken, "E_FORMAT version 1, file manifest.json: the JSON is not valid"),
+    ],
+    ids=["weights", "configuration", "architecture", "manifest"],
+)
+def test_a_spoilt_file_of_the_base_is_not_the_experts_fault(at, zoo, monkeypatch, file, spoil, says):
+    """Each is checked when a merge begins; this happens after."""
+    from flows import merge
+
+    look(at)
+    register(at, zoo / "expert-1", {"foldin.task": "task-1", "foldin.base_sha256": at.ledger.line("tiny").base_sha256})
+    path, admit = open_version(at, "tiny", 1).folder / file, merge.admit
+    sound = path.read_bytes()
+
+    def spoiling(*arguments):
+        spoil(path)
+        return admit(*arguments)
+
+    monkeypatch.setattr(merge, "admit", spoiling)
+    with pytest.raises(FoldinError, match=rf"^{says}.* Restore the version's artifacts"):
+        look(at)
+    monkeypatch.undo()
+    path.write_bytes(sound)
+    assert waits(at)
+    assert [each["state"] for each in look(at)] == ["folded"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

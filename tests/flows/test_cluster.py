@@ -9,7 +9,7 @@ pytest.importorskip("prefect_dask")
 pytestmark = pytest.mark.integration
 
 import dask  # noqa: E402
-from distributed import LocalCluster  # noqa: E402
+from distributed import KilledWorker, LocalCluster  # noqa: E402
 
 from flows import cluster, first_pass, parts  # noqa: E402
 from flows.cluster import fold_on_cluster  # noqa: E402
@@ -101,13 +101,14 @@ def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_is_the_clusters_fault(zoo, bare_line, prefect, tmp_path, monkeypatch):
+def test_a_part_that_kills_its_workers_counts_as_a_crash_of_this_process(
+    zoo, bare_line, prefect, tmp_path, monkeypatch
+):
     plan = bare_line(zoo / "base").plan(zoo / "expert-1")
     monkeypatch.setattr(cluster, "fold_part", die)
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
         LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as doomed,
-        pytest.raises(FoldinError, match="KilledWorker") as caught,
+        pytest.raises(KilledWorker),  # nothing typed: it counts as an attempt, and after three the expert is set aside
     ):
         fold_on_cluster(doomed.scheduler_address, tmp_path / "state", tmp_path / "records", plan, "cpu")
-    assert caught.value.refusal.code == "E_SERVER"

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from flows.fitting import Fit
+from flows.matching import same_tokenizer
 from merging import merge
 from registry.records import FoldinError, Refusal
 
@@ -222,6 +223,61 @@ def test_an_expert_without_a_tokenizer_has_the_bases(zoo, bare_line, tmp_path):
         (expert / name).unlink(missing_ok=True)
     lines = [bare_line(zoo / "base") for _ in range(2)]
     assert lines[0].fold(expert).bytes == lines[1].fold(zoo / "expert-1").bytes
+
+
+def test_a_base_whose_tokenizer_is_broken_is_not_the_experts_fault(zoo, bare_line, tmp_path):
+    expert = with_words(zoo / "base", tmp_path / "expert", (*KNOWN, "new"))
+    base = shutil.copytree(zoo / "base", tmp_path / "broken")
+    (base / "tokenizer.json").write_text('{"model": {"type": "none"}}')
+    with pytest.raises(FoldinError, match=r"E_VOCABULARY version 1: the tokenizer cannot be loaded"):
+        bare_line(base).fit(expert)
+
+
+def test_too_many_open_files_say_nothing_of_a_tokenizer(zoo, bare_line, tmp_path, monkeypatch):
+    expert = with_words(zoo / "base", tmp_path / "expert", (*KNOWN, "new"))
+
+    def refusing(*arguments, **options):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refusing)
+    with pytest.raises(OSError, match="Too many open files"):
+        bare_line(zoo / "base").fit(expert)
+
+
+def test_a_vocabulary_in_another_file_is_read_before_it_counts_as_the_same(zoo, bare_line, tmp_path):
+    """As many tokens, in another order; the base has only tokenizer.json and the expert only vocab.txt."""
+    base = shutil.copytree(zoo / "base", tmp_path / "base")
+    (base / "vocab.txt").unlink()
+    rows = {}
+    for name, words in (("same", KNOWN), ("reordered", KNOWN[::-1])):
+        expert = with_words(zoo / "base", tmp_path / name, words)
+        (expert / "tokenizer.json").unlink()
+        rows[name] = bare_line(base).fit(expert).body.rows
+    assert rows == {"same": {}, "reordered": {WORDS: (0, 1, 2, 3, 4, *range(16, 4, -1))}}
+
+
+TOKENIZERS = {
+    "the same file": ({"vocab.txt": "a"}, {"vocab.txt": "a", "tokenizer.json": "b"}, True),
+    "another file": ({"tokenizer.json": "a"}, {"vocab.txt": "a"}, False),
+    "one differs": ({"vocab.txt": "a", "tokenizer.json": "b"}, {"vocab.txt": "a", "tokenizer.json": "c"}, False),
+    "other added tokens": (
+        {"vocab.txt": "a", "added_tokens.json": "b"},
+        {"vocab.txt": "a", "added_tokens.json": "c"},
+        False,
+    ),
+    "only the merges": ({"vocab.json": "a", "merges.txt": "b"}, {"tokenizer.json": "a", "merges.txt": "b"}, False),
+    "none in the expert": ({"vocab.txt": "a"}, {}, True),
+    "none in the base": ({}, {"vocab.txt": "a"}, True),
+}
+
+
+@pytest.mark.parametrize(("base", "expert", "same"), TOKENIZERS.values(), ids=TOKENIZERS.keys())
+def test_tokenizers_are_the_same_when_a_file_of_both_says_so(tmp_path, base, expert, same):
+    for folder, files in (("base", base), ("expert", expert)):
+        (tmp_path / folder).mkdir()
+        for name, content in files.items():
+            (tmp_path / folder / name).write_text(content)
+    assert same_tokenizer(tmp_path / "base", tmp_path / "expert") is same
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(zoo, bare_line, tmp_path):

@@ -1,6 +1,7 @@
 """The loop in one process: experts registered by a plain MLflow client, folded by real Prefect flow runs."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.plain_client import champion, move_alias, register_expert
-from flows.versions import open_version
+from flows import versions
+from flows.faults import blamed
+from flows.versions import STATE_FILE, STATE_FORMAT, open_version
 from flows.wiring import artifact_root, house, tracking_uri
-from registry.files import hash_tree
+from registry import weights
+from registry.files import hash_tree, read_json
 from registry.records import ExpertState, FoldinError, Refusal
 
 pytestmark = pytest.mark.integration
@@ -376,7 +380,7 @@ def test_a_ledger_that_does_not_know_the_model_moves_nothing(at, zoo):
 
 
 def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_is(at, zoo, monkeypatch):
-    from flows import first_pass, merge, plan
+    from flows import first_pass, merge, plan, planning
 
     look(at)
     register(at, zoo / "expert-1", "task-1")
@@ -387,7 +391,7 @@ def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_
         look(at)
     monkeypatch.undo()
     other = {**plan.numerics_profile("cpu"), "threads": "999"}
-    for module in (plan, first_pass):
+    for module in (plan, planning, first_pass):
         monkeypatch.setattr(module, "numerics_profile", lambda device: other)
     shutil.rmtree(at.work("tiny"))
     assert [(each["state"], each["version"]) for each in look(at)] == [("folded", 2)]
@@ -443,42 +447,88 @@ def test_a_full_disk_is_not_the_experts_fault(at, zoo, monkeypatch):
     assert [each["state"] for each in look(at)] == ["folded"]
 
 
-def test_too_many_open_files_are_not_the_experts_fault(at, zoo, monkeypatch):
-    from registry import weights
+@pytest.fixture
+def no_files_left(monkeypatch):
+    """A function that lets safetensors open its files only when this process may open no more."""
+    opened, (soft, hard) = weights.safe_open, resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    def refusing(*arguments, **options):
-        raise OSError(24, "Too many open files")
+    def starved(*arguments, **options):
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            return opened(*arguments, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
+    return lambda: monkeypatch.setattr(weights, "safe_open", starved)
+
+
+def test_too_many_open_files_are_not_the_experts_fault(at, zoo, monkeypatch, no_files_left):
     look(at)
     register(at, zoo / "expert-1", "task-1")
-    monkeypatch.setattr(weights, "safe_open", refusing)
-    with pytest.raises(FoldinError, match=r"E_SYSTEM .*Too many open files"):
+    no_files_left()
+    with pytest.raises(FoldinError, match=r"E_SYSTEM the system refused something"):
         look(at)
     monkeypatch.undo()
-    assert [each["state"] for each in look(at)] == ["folded"]
-
-
-def test_a_file_of_the_base_that_ends_early_is_not_the_experts_fault(at, zoo, monkeypatch):
-    """It is checked when a merge begins; this happens after."""
-    from flows import admission
-    from flows.versions import open_version
-
-    look(at)
-    register(at, zoo / "expert-1", "task-1")
-    path = open_version(at, "tiny", 1).folder / "model.safetensors"
-    sound, original = path.read_bytes(), admission.intake.admit
-
-    def spoiling(*arguments):
-        path.write_bytes(sound[:-5000])
-        return original(*arguments)
-
-    monkeypatch.setattr(admission.intake, "admit", spoiling)
-    with pytest.raises(FoldinError, match=r"E_FORMAT version 1, file model.safetensors"):
-        look(at)
-    monkeypatch.undo()
-    path.write_bytes(sound)
     assert at.ledger.experts("tiny")[0].attempts == 0
     assert [each["state"] for each in look(at)] == ["folded"]
+
+
+def test_too_little_memory_is_not_the_experts_fault_wherever_it_shows(at, zoo, monkeypatch):
+    from flows import merge
+
+    look(at)
+    register(at, zoo / "expert-1", "task-1")
+    monkeypatch.setattr(merge, "report_on", lambda *arguments: torch.empty(2**46))
+    with pytest.raises(FoldinError, match=r"E_MEMORY .*DefaultCPUAllocator: can't allocate memory"):
+        look(at)
+    monkeypatch.undo()
+    assert at.ledger.experts("tiny")[0].attempts == 0
+    assert [each["state"] for each in look(at)] == ["folded"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("unable to mmap 96 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    ],
+    ids=str,
+)
+def test_too_little_memory_has_many_spellings(error):
+    from flows.merge import surroundings
+
+    for block in (surroundings(), blamed("a.weight")):
+        with pytest.raises(FoldinError, match="E_MEMORY"), block:
+            raise error
+
+
+def test_an_error_that_says_nothing_of_memory_is_left_as_it_is():
+    from flows.merge import surroundings
+
+    for block in (surroundings(), blamed("a.weight")):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"), block:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)")
+
+
+def test_a_memory_in_another_format_is_refused_and_blocks_nothing_else(at, zoo, monkeypatch):
+    look(at)
+    register(at, zoo / "expert-1", "task-1")
+    assert read_json(open_version(at, "tiny", 1).folder / STATE_FILE)["format"] == STATE_FORMAT
+    monkeypatch.setattr(versions, "STATE_FORMAT", STATE_FORMAT + 1)
+    found = f"Expected format {STATE_FORMAT + 1}. Found format {STATE_FORMAT}. Start a new line"
+    with pytest.raises(FoldinError, match=rf"E_FORMAT tiny v1, file foldin/state.json: .* {found}"):
+        look(at)
+    assert versions.verified(at, "tiny", 1)[0].is_dir()
+    monkeypatch.undo()
+    assert at.ledger.experts("tiny")[0].attempts == 0
+    assert [each["state"] for each in look(at)] == ["folded"]
+    assert read_json(open_version(at, "tiny", 2).folder / STATE_FILE)["format"] == STATE_FORMAT
 
 
 def test_a_change_too_large_to_fold_is_the_experts_fault_and_names_the_tensor(at, zoo, tmp_path):

@@ -370,8 +370,8 @@ def full_disk(monkeypatch):
     original, room = writer.replacing, []
 
     @contextmanager
-    def replacing(path):
-        with original(path) as file:
+    def replacing(path, *options):
+        with original(path, *options) as file:
             yield Full(file, room[-1]) if room and room[-1] is not None else file
 
     monkeypatch.setattr(writer, "replacing", replacing)

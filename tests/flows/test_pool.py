@@ -1,5 +1,6 @@
 """Work on many tensors at once: in order, within the memory that is allowed, on one thread a tensor."""
 
+import os
 import threading
 from time import sleep
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from flows import pool as module
-from flows.pool import Job, devices_of, pool
+from flows.pool import Job, devices_of, pool, syncing
 
 WORKERS = [("cpu",), ("cpu",) * 2, ("cpu",) * 5]
 each_number = pytest.mark.parametrize("devices", WORKERS, ids=["1 worker", "2 workers", "5 workers"])
@@ -66,39 +67,41 @@ def test_the_jobs_are_taken_as_they_are_needed(devices):
         assert len(expected) > 1  # the next one is read while this one is computed
 
 
-class Scales:
-    """Weighs what is under way."""
-
-    def __init__(self):
-        self.lock, self.now, self.most, self.together = threading.Lock(), 0, 0, 0
-
-    def job(self, size, jobs=1):
-        def run(device):
-            with self.lock:
-                self.now += size
-                self.most = max(self.most, self.now)
-            sleep(0.01)
-            with self.lock:
-                self.now -= size
-            return size
-
-        return Job(run, size)
-
-
-def test_the_jobs_under_way_keep_within_the_budget(monkeypatch):
+@pytest.mark.parametrize(("size", "held"), [(40, 2), (20, 5), (500, 2), (1, 9)])
+def test_jobs_are_begun_before_their_results_are_taken_within_the_budget(monkeypatch, size, held):
+    """At least one a worker, at most AHEAD more a worker, and between the two as many as there is memory for."""
     monkeypatch.setattr(module, "BUDGET", 100)
-    sizes, scales = [40, 40, 40, 10, 90, 10, 60, 60, 30, 30, 30] * 2, Scales()
-    with pool(("cpu",) * 4) as run:
-        assert list(run(map(scales.job, sizes))) == sizes
-    assert 60 < scales.most <= 100
+    begun = []
+    with pool(("cpu",) * 2) as run:
+        results = run(Job(begun.append, size) for _ in range(100))
+        for taken in range(1, 4):
+            next(results)
+            sleep(0.1)  # whatever may begin has begun
+            assert held <= len(begun) - taken + 1 <= held + 1
 
 
-def test_a_job_larger_than_the_budget_has_the_machine_to_itself(monkeypatch):
+def test_every_worker_has_a_job_however_large_they_are(monkeypatch):
+    """A model of large matrices keeps all cores, or all GPUs, busy."""
     monkeypatch.setattr(module, "BUDGET", 100)
-    sizes, scales = [40, 40, 500, 40, 40], Scales()
+    together = threading.Barrier(4, timeout=10)
     with pool(("cpu",) * 4) as run:
-        assert list(run(map(scales.job, sizes))) == sizes
-    assert scales.most == 500
+        assert len(list(run(Job(lambda device: together.wait(), 10_000) for _ in range(8)))) == 8
+
+
+def test_files_are_durable_when_the_block_ends(tmp_path, monkeypatch):
+    asked, real = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (asked.append(os.readlink(f"/proc/self/fd/{descriptor}")), real(descriptor))
+    )
+    files = [tmp_path / str(number) for number in range(3)]
+    with syncing() as later:
+        for file in files:
+            file.write_text("x")
+            later(file)
+    assert [name for name in asked if name != str(tmp_path)] == [str(file) for file in files]
+    assert asked[-1] == str(tmp_path)  # the names too
+    with pytest.raises(FileNotFoundError), syncing() as later:
+        later(tmp_path / "no such file")
 
 
 @each_number

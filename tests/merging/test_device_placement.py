@@ -15,7 +15,7 @@ from merging.lowrank import Factors, dense, fold_factors
 from merging.method import Role
 from merging.opcm import VARIANTS
 from merging.read import read_pieces
-from merging.statistics import second_moment, variance
+from merging.statistics import merged_variance, second_moment
 
 AWAY = torch.device("meta")
 TRANSFERS = {"_to_copy", "copy_"}
@@ -131,4 +131,4 @@ def test_factors_stay_on_their_device(away):
 
 def test_running_statistics_stay_on_their_device(away):
     mean, spread = away((torch.ones(3), torch.ones(3)))
-    assert variance(mean, second_moment(mean, spread)).device == AWAY
+    assert merged_variance(spread, mean, second_moment(mean, mean, spread)).device == AWAY

@@ -1,5 +1,6 @@
 """Digests, atomic writes, the content-addressed store and manifests, on real files."""
 
+import errno
 import json
 import os
 import resource
@@ -70,6 +71,45 @@ def test_a_file_that_is_not_there_is_unreachable(tmp_path):
         open_regular(tmp_path / "gone", "base"),
     ):
         pass
+
+
+def test_too_many_open_files_are_no_files_fault(tree, descriptors):
+    whole, outcomes = hash_tree(tree), set()
+    with descriptors(0), pytest.raises(OSError, match="Too many open files") as caught, open_regular(tree / "b.txt"):
+        pass
+    assert caught.value.errno == errno.EMFILE
+    for free in range(8):  # whatever cannot be opened first: the folder, one below it, a file
+        with descriptors(free):
+            try:
+                found = hash_tree(tree)
+            except OSError as error:
+                found = error.errno
+        assert found in (whole, errno.EMFILE)
+        outcomes.add(isinstance(found, dict))
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("number", [errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE])
+def test_what_the_system_says_of_itself_is_left_as_it_is(tree, monkeypatch, number):
+    def refusing(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "open", refusing)
+    with pytest.raises(OSError, match=os.strerror(number)), open_regular(tree / "b.txt"):
+        pass
+
+
+def test_a_folder_that_cannot_be_opened_is_named(tree, monkeypatch):
+    opened = os.open
+
+    def refusing(path, *arguments, **options):
+        if path == "sub":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(files.os, "open", refusing)
+    with pytest.raises(FoldinError, match=r"E_UNREACHABLE file sub: the folder cannot be read.*Permission denied"):
+        hash_tree(tree)
 
 
 def test_an_atomic_write_replaces_and_keeps_nothing_else(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from registry import weights
 from registry.records import FoldinError, TensorSpec
 from registry.weights import DTYPES, Checkpoint, combined_sha256, content_sha256, spec_of, tensor_sha256
 from registry.writer import plan_layout, write_checkpoint
@@ -256,6 +257,38 @@ def test_a_full_disk_is_a_typed_error_and_leaves_nothing(tmp_path):
     assert (caught.value.refusal.code, caught.value.refusal.file) == ("E_DISK", "model.safetensors")
     assert "File too large" in str(caught.value)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("free", [0, 1])  # safetensors opens the file, and then torch does
+def test_too_many_open_files_are_no_checkpoints_fault(tmp_path, descriptors, free):
+    write(tmp_path, {"one": torch.ones(3)})
+    checkpoint = Checkpoint.open(tmp_path)
+    assert equal(dict(checkpoint), {"one": torch.ones(3)})
+    with descriptors(free), pytest.raises(OSError, match="Too many open files"):
+        checkpoint["one"]
+    assert equal(dict(checkpoint), {"one": torch.ones(3)})
+
+
+def test_a_file_that_could_not_be_opened_a_moment_ago_is_not_gone(tmp_path, descriptors, monkeypatch):
+    write(tmp_path, {"one": torch.ones(3)})
+    checkpoint, opened = Checkpoint.open(tmp_path), weights.safe_open
+
+    def starved(*arguments, **options):
+        with descriptors(0):
+            return opened(*arguments, **options)
+
+    monkeypatch.setattr(weights, "safe_open", starved)
+    with pytest.raises(OSError, match="No such file") as caught:
+        checkpoint["one"]
+    assert not isinstance(caught.value, FileNotFoundError)
+
+
+def test_a_file_that_is_gone_is(tmp_path):
+    write(tmp_path, {"one": torch.ones(3)})
+    checkpoint = Checkpoint.open(tmp_path, "version 1")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FoldinError, match=r"E_FORMAT version 1, file model.safetensors, tensor one: .*No such file"):
+        checkpoint["one"]
 
 
 def _write_until_killed(folder: Path, tensors, layout, last, channel):
