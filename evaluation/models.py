@@ -5,7 +5,6 @@ configurations are read as data first, and classes come from transformers itself
 checkpoint; a running model may call the same tensors otherwise, and transformers translates between the two.
 """
 
-import errno
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +21,10 @@ from transformers.utils import logging
 
 from evaluation.configs import base_name, code_in, prefixes, read_config, refuse, some, unknown_model
 from evaluation.escape import clean
-from registry.records import FoldinError, Refusal
+from registry.records import SYSTEM_ERRORS, FoldinError, Refusal
 
 Untyped = Any  # classes, models and configurations of transformers, which mypy does not see
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
-SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)  # no folder's fault
 LONGEST = 128  # tokens of a text that are read; suites hold short texts
 MAPPINGS = {
     "zero-shot-text": "MODEL_MAPPING",

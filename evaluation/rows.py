@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evaluation.escape import clean
-from registry.records import FoldinError, Refusal
+from registry.records import SYSTEM_ERRORS, FoldinError, Refusal
 
 if TYPE_CHECKING:
     from evaluation.suites import Suite
@@ -64,6 +64,8 @@ def _table(suite: "Suite", where: str) -> pa.Table:
             table = file.read(columns=names)
             table.validate(full=True)  # text that is not UTF-8 would fail only later, outside this try
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+            raise
         remedy = "write it with evaluation.write_suite or pyarrow"
         raise _refuse("the data cannot be read as Parquet", suite, where, found=str(error), remedy=remedy) from None
     _check_nulls(table, suite, where)

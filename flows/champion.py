@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flows.versions import find_merge, open_version
+from flows.versions import find_merge, verified
 from flows.wiring import House
 from registry.lineage import open_moves, open_origins
 from registry.records import Event, FoldinError, Lease, Refusal
@@ -62,7 +62,7 @@ def check_target(house: House, line: str, version: int) -> None:
                 remedy=f"choose a version that `foldin log {line}` shows as passed",
             )
         )
-    open_version(house, line, version)
+    verified(house, line, version)
 
 
 def reconcile(house: House, lease: Lease, told: Told) -> bool:

@@ -265,6 +265,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(f"E_SYSTEM the system refused something: {error}. Repair what it names, and run this again.", 1)
 
 
 def _prepared(options: dict[str, Any]) -> "Config":

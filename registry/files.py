@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from registry.records import FoldinError, Refusal
+from registry.records import SYSTEM_ERRORS, FoldinError, Refusal
 
 MANIFEST = "foldin/manifest.json"
 MAX_JSON = 64 * 2**20  # bytes; the largest shard index in the wild is about 10 MB
@@ -23,8 +23,6 @@ MAX_BYTES = 2**40  # bytes that one copied folder may hold
 CHUNK = 2**20
 PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[\w.@+=, ()~-]{1,200}", re.ASCII)  # one path component that is safe everywhere
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
-# What the system says of itself when a file cannot be opened; it says nothing against the file.
-SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
 
 class Place(NamedTuple):

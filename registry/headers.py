@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from registry.files import Place, open_regular, parse_json, read_json, shown
-from registry.records import TensorSpec
+from registry.records import SYSTEM_ERRORS, TensorSpec
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER = 16 * 2**20  # bytes; the format allows 100 MB, real shards need less than 1
@@ -42,6 +42,8 @@ def read_folder(folder: Path, where: str = "") -> dict[str, dict[str, Span]]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError as error:
+        if error.errno in SYSTEM_ERRORS:
+            raise
         place = Place(where, shown(folder.name), "check the path")
         raise place.refuse("E_UNREACHABLE", "the folder cannot be read", found=error.strerror or "") from error
     files = [name for name in names if name.endswith(".safetensors")]

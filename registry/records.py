@@ -1,9 +1,13 @@
 """The value types that cross a border between packages. Standard library only, so that importing them costs nothing."""
 
+import errno
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
+
+# What the system says of itself when a file cannot be opened or read; it says nothing against the file.
+SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
 
 class FoldinError(Exception):

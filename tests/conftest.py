@@ -1,10 +1,12 @@
-"""Small real things that several tests need: a tiny text encoder with experts, and the command line as a process."""
+"""What several tests need: a tiny text encoder with experts, the command line as a process, a machine out of files."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -132,3 +134,21 @@ def run_foldin(folder, *arguments, timeout=180, **environment):
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.fixture
+def descriptors():
+    """A function that leaves this process a number of descriptors to open, until the block ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    @contextmanager
+    def left(free):
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    return left

@@ -180,6 +180,12 @@ def test_data_that_is_not_parquet(tmp_path):
     assert "the data cannot be read as Parquet" in str(load_error(folder))
 
 
+def test_data_that_cannot_be_opened_for_want_of_descriptors_is_not_refused(tmp_path, descriptors):
+    suite = load_suite(text_suite(tmp_path), task="city", where=WHERE)
+    with descriptors(0), pytest.raises(OSError, match="Too many open files"):
+        read_examples(suite)
+
+
 def test_data_that_is_not_utf8(tmp_path):
     broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
     replace_data(text_suite(tmp_path), text=broken, label=[0], split=["gate"])

@@ -83,6 +83,23 @@ def test_wrong_usage_ends_with_2(arguments, words, capsys):
     assert words in said.err
 
 
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
+    def refusing(name):
+        raise OSError(24, "Too many open files", "foldin.toml")
+
+    monkeypatch.setattr("flows.config.load", refusing)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["status"])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (1, "")
+    assert said.err.splitlines() == [
+        "error: E_SYSTEM the system refused something: [Errno 24] Too many open files: 'foldin.toml'. "
+        "Repair what it names, and run this again."
+    ]
+    with pytest.raises(OSError, match="Too many"):
+        cli.main(["status", "--debug"])
+
+
 def one_error(ended, code=1):
     """The only line on stderr of a process that failed and put nothing on stdout."""
     assert (ended.returncode, ended.stdout) == (code, ""), ended

@@ -274,5 +274,10 @@ def test_only_regular_files_are_opened_and_a_pipe_does_not_hang(tmp_path, kind):
     assert (refusal.code, refusal.file) == ("E_FILETYPE", "model.safetensors")
 
 
+def test_a_folder_that_cannot_be_opened_for_want_of_descriptors_is_not_refused(sharded, descriptors):
+    with descriptors(0), pytest.raises(OSError, match="Too many open files"):
+        Checkpoint.open(sharded)
+
+
 def test_a_missing_folder_is_unreachable(tmp_path):
     assert refusal_of(tmp_path / "nowhere").code == "E_UNREACHABLE"
