@@ -97,7 +97,7 @@ def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
         "Repair what it names, and run this again."
     ]
     with pytest.raises(OSError, match="Too many"):
-        cli.main(["status", "--debug"])
+        cli.main(["--debug", "status"])
 
 
 def one_error(ended, code=1):
