@@ -16,7 +16,7 @@ from flows.plan import Plan
 from flows.planning import plan_for
 from flows.pool import devices_of
 from flows.versions import HEADS, STATE_FILE, STATE_FOLDER, STATE_FORMAT, Folded, Memory, Version
-from registry.files import hash_tree, read_json, sha256_file, write_json
+from registry.files import hash_tree, read_json, write_json
 
 if TYPE_CHECKING:
     from merging.measure import Measure
@@ -33,6 +33,7 @@ class Candidate:
     folder: Path
     memory: Memory
     overlap: Mapping[str, Mapping[str, float]]  # per layer: norms, cosine with the total, share removed
+    files: Mapping[str, str]  # path below the folder -> SHA-256, of what the fold wrote
 
 
 def fold(
@@ -44,29 +45,41 @@ def fold(
     progress: Progress,
 ) -> Candidate:
     """The candidate in `scratch`, made or found finished; the same inputs and numerics profile give the same bytes."""
+    if not _finished(scratch):
+        _make(scratch, settings, base, parent, experts, progress)
+    done, folder = read_json(scratch / DONE_FILE), scratch / "candidate"
+    return Candidate(folder, Memory.read(folder), done["overlap"], done["files"])
+
+
+def _make(
+    scratch: Path,
+    settings: LineConfig,
+    base: Version,
+    parent: Version,
+    experts: Sequence[Admitted],
+    progress: Progress,
+) -> None:
+    """Make the candidate, and note last that it is finished."""
     from merging.measure import summarise
 
     folder, records = scratch / "candidate", scratch / "parts"
-    overlap = _finished(scratch)
-    if overlap is None:
-        plan = plan_for(settings, base, parent, experts)
-        cluster = settings.workers if "://" in settings.workers else ""
-        devices = devices_of(settings.device, int(settings.workers or 0) if not cluster else 0)
-        if cluster:
-            from flows.cluster import fold_on_cluster
+    plan = plan_for(settings, base, parent, experts)
+    cluster = settings.workers if "://" in settings.workers else ""
+    devices = devices_of(settings.device, int(settings.workers or 0) if not cluster else 0)
+    if cluster:
+        from flows.cluster import fold_on_cluster
 
-            fold_on_cluster(cluster, folder / STATE_FOLDER, records, plan, settings.device)
-        _clear(folder, {part.file for part in state_parts(plan)})
-        measures, serving = _passes(folder, records, plan, devices, progress)
-        stats = stats_after(plan, measures)
-        _copy_companions(base.folder, parent.folder, folder)
-        for expert in experts:
-            _write_head(folder, expert)
-        write_json(folder / STATE_FILE, _memory(settings, parent, experts, plan, stats, measures, serving))
-        overlap = summarise(measures[-1])
-        known = {f"{STATE_FOLDER}/{part.file}": recorded_sha256(records, part) for part in state_parts(plan)}
-        write_json(scratch / DONE_FILE, {"files": _digests(folder, {**known, **serving.files}), "overlap": overlap})
-    return Candidate(folder, Memory.read(folder), overlap)
+        fold_on_cluster(cluster, folder / STATE_FOLDER, records, plan, settings.device)
+    _clear(folder, {part.file for part in state_parts(plan)})
+    measures, serving = _passes(folder, records, plan, devices, progress)
+    stats = stats_after(plan, measures)
+    _copy_companions(base.folder, parent.folder, folder)
+    for expert in experts:
+        _write_head(folder, expert)
+    write_json(folder / STATE_FILE, _memory(settings, parent, experts, plan, stats, measures, serving))
+    known = {f"{STATE_FOLDER}/{part.file}": recorded_sha256(records, part) for part in state_parts(plan)}
+    files = hash_tree(folder, {**known, **serving.files})
+    write_json(scratch / DONE_FILE, {"files": files, "overlap": summarise(measures[-1])})
 
 
 def _clear(folder: Path, parts: Collection[str]) -> None:
@@ -146,16 +159,7 @@ def _write_head(folder: Path, expert: Admitted) -> None:
         write_checkpoint(folder / HEADS, expert.head.specs, expert.head.__getitem__, layout=layout)
 
 
-def _digests(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
-    """SHA-256 of every file of a candidate; those of the tensors are known since they were written."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: known.get(name) or sha256_file(folder / name) for name in names}
-
-
-def _finished(scratch: Path) -> dict[str, dict[str, float]] | None:
-    """The overlap of a fold that an earlier run finished here, if every byte of it is still there; else None."""
+def _finished(scratch: Path) -> bool:
+    """Whether an earlier run finished this fold, and every byte of it is still there."""
     done = scratch / DONE_FILE
-    if not done.exists():
-        return None
-    facts = read_json(done)
-    return facts["overlap"] if hash_tree(scratch / "candidate") == facts["files"] else None
+    return done.exists() and hash_tree(scratch / "candidate") == read_json(done)["files"]

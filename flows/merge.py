@@ -232,7 +232,7 @@ def promote(work: Work, key: str, run: str, candidate: Candidate, record: "Recor
     """Register a version that passed, commit it to the ledger, move the alias: in this order, each step repeatable."""
     at, line, expert = work.house, work.lease.line, work.expert
     assert record.verdict is not None
-    write_version_manifest(candidate.folder, line, key, work.parent, record.verdict)
+    write_version_manifest(candidate.folder, line, key, work.parent, record.verdict, candidate.files)
     version, manifest = register(at, line, key, run, candidate.folder, metrics_of(record), expert.name)
     follow(at, work.lease, at.ledger.commit(work.lease, key, version, manifest))
     say(f"{expert.name}: folded; {line} v{version} is champion")

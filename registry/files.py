@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from registry.records import SYSTEM_ERRORS, FoldinError, Refusal
@@ -22,6 +23,7 @@ MAX_JSON = 64 * 2**20  # bytes; the largest shard index in the wild is about 10 
 MAX_BYTES = 2**40  # bytes that one copied folder may hold
 CHUNK = 2**20
 PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[\w.@+=, ()~-]{1,200}", re.ASCII)  # one path component that is safe everywhere
+NOTHING: Mapping[str, str] = MappingProxyType({})
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -100,10 +102,16 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_tree(folder: Path) -> dict[str, str]:
-    """Relative posix path -> SHA-256 of every file below `folder`, sorted; anything but regular files is refused."""
+def hash_tree(folder: Path, known: Mapping[str, str] = NOTHING) -> dict[str, str]:
+    """Relative posix path -> SHA-256 of every file below `folder`, sorted; anything but regular files is refused.
+
+    The digests in `known` are believed, and those files not read: for what this process wrote and hashed itself.
+    """
     digests = {}
     for name, descriptor in walk(folder):
+        if name in known:
+            digests[name] = known[name]
+            continue
         with open_regular(os.path.basename(name), dir_fd=descriptor) as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return dict(sorted(digests.items()))
@@ -226,9 +234,12 @@ def read_json(path: Path, where: str = "") -> dict[str, Any]:
     return parse_json(text, place)
 
 
-def write_manifest(folder: Path, facts: Mapping[str, object]) -> str:
-    """Write foldin/manifest.json, {**facts, "files": {path: SHA-256}}, after everything else; its SHA-256."""
-    files = {name: digest for name, digest in hash_tree(folder).items() if name != MANIFEST}
+def write_manifest(folder: Path, facts: Mapping[str, object], known: Mapping[str, str] = NOTHING) -> str:
+    """Write foldin/manifest.json, {**facts, "files": {path: SHA-256}}, after everything else; its SHA-256.
+
+    `known` as in `hash_tree`.
+    """
+    files = {name: digest for name, digest in hash_tree(folder, known).items() if name != MANIFEST}
     content = canonical_json({**facts, "files": files})
     write_atomic(folder / MANIFEST, content)
     return hashlib.sha256(content).hexdigest()
