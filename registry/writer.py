@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from registry.files import Place, canonical_json, disk_errors, replacing, write_atomic
+from registry.files import Place, canonical_json, replacing, write_atomic
 from registry.headers import BYTES, PART, SHARD, check_header
 from registry.records import TensorSpec
 from registry.weights import DTYPES, check_spec, raw_bytes
@@ -74,23 +72,13 @@ def write_stream(
     Raises:
         FoldinError: E_SCHEMA for a tensor that is not due, or unlike its spec, or a layout unlike the specs; E_DISK.
     """
-    stream, files, synced = iter(entries), dict[str, str](), list[Future[None]]()
-    with _opening(folder, specs, layout) as opened, ThreadPoolExecutor(1, "sync") as syncer:
+    stream, files = iter(entries), {}
+    with _opening(folder, specs, layout) as opened:
         for file, names in layout.items():
-            target, chosen = opened(file), {name: specs[name] for name in names}
-            files[file] = _write_pieces(target, chosen, stream, Place(str(folder), file))
-            synced.append(syncer.submit(_sync, target, folder / file))
+            chosen = {name: specs[name] for name in names}
+            files[file] = _write_pieces(opened(file), chosen, stream, Place(str(folder), file))
         _check_end(stream, Place(str(folder), ""))
-        for each in synced:
-            each.result()
     return files
-
-
-def _sync(file: BinaryIO, path: Path) -> None:
-    """Bring a file that stays open to the disk, while the next one is written; what goes wrong is told only once."""
-    with disk_errors(path):
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_index(folder: Path, specs: Mapping[str, TensorSpec], layout: Mapping[str, Sequence[str]]) -> None:
