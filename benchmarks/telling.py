@@ -115,6 +115,8 @@ def tell(facts: Mapping[str, Any], as_json: bool) -> None:
     console.print(f"[bold]{facts['benchmark']}[/bold]  {facts['date']}")
     console.print(f"{where['cpu']}, {where['cores']} cores, {where['memory_gb']} GiB, {where['os']}")
     console.print(", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+    if facts["parameters"].get("quick"):
+        console.print("[bold]tiny models, one run: it shows that the program works, and measures nothing[/bold]")
     console.print(_sides(facts))
     known = {"benchmark", "command", "date", "machine", "versions", "threads", "seed", "parameters", "sides"}
     for key, value in facts.items():

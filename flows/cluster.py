@@ -68,6 +68,7 @@ def fold_on_cluster(scheduler: str, folder: Path, records: Path, plan: Plan, dev
     try:
         fold_parts()
     except (OSError, PrefectException) as error:
-        what, remedy = "the Dask cluster cannot fold", "start it with workers that see these folders, then run again"
+        what = "the Dask cluster that the line's key workers names cannot fold"
+        remedy = "start it with workers that see these folders, or set workers to a number, then run again"
         found = f"{type(error).__name__}: {error}"
         raise FoldinError(Refusal("E_SERVER", what, scheduler, found=shown(found), remedy=remedy)) from error

@@ -145,6 +145,8 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
         expected = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
         raise _refused(path, "the line's name is not plain", expected, repr(name))
     where = f"[lines.{name}]"
+    if isinstance(value, dict) and type(value.get("workers")) is int:
+        value = {**value, "workers": str(value["workers"])}  # a number may stand without quotes
     line = _read(path, f"lines.{name}", LineConfig, value)
     if line.trigger not in TRIGGERS:
         raise _refused(path, f"{where} trigger is unknown", f"one of {', '.join(TRIGGERS)}", repr(line.trigger))

@@ -138,7 +138,7 @@ def _fit_adapter(
             return Refusal("E_ADAPTER", what, where, tensor=name, remedy=remedy)
     for tensors in (adapter.stored, adapter.head):
         for name in tensors:
-            wrong = _not_finite(name, tensors[name], where)
+            wrong = _not_finite(name, tensors[name], where, tensors.stored[name].file)
             if wrong:
                 return wrong
     return Fit(Fitted(adapter, weights, frozenset(adapter)), adapter.head, adapter.sha256)
@@ -159,7 +159,7 @@ def _fit_checkpoint(
     refusal = _check_names(weights, fitted, has_head, where, base)
     if refusal:
         return refusal
-    seen = _Seen(fitted, where)
+    seen = _Seen(fitted, {name: stored.file for name, stored in body.stored.items()}, where)
     digest, _ = content_sha256(body, visit=seen.look)
     if seen.refusal:
         return seen.refusal
@@ -195,8 +195,9 @@ def _check_names(base: "Checkpoint", expert: Fitted, has_head: bool, where: str,
 class _Seen:
     """What one pass over an expert's tensors finds: a value that is not finite, and which tensors moved."""
 
-    def __init__(self, expert: Fitted, where: str) -> None:
+    def __init__(self, expert: Fitted, files: Mapping[str, str], where: str) -> None:
         self._expert = expert
+        self._files = files
         self._where = where
         self.refusal: Refusal | None = None
         self.moved: list[str] = []
@@ -205,13 +206,13 @@ class _Seen:
         """Look at one tensor of the expert, by the base's name."""
         import torch
 
-        self.refusal = self.refusal or _not_finite(name, tensor, self._where)
+        self.refusal = self.refusal or _not_finite(name, tensor, self._where, self._files[name])
         base = self._expert.base
         if name in base and (name in self._expert.rows or not torch.equal(tensor, base[name].to(tensor.dtype))):
             self.moved.append(name)
 
 
-def _not_finite(name: str, tensor: "Tensor", where: str) -> Refusal | None:
+def _not_finite(name: str, tensor: "Tensor", where: str, file: str) -> Refusal | None:
     import torch
 
     from merging.check import check_finite
@@ -221,9 +222,9 @@ def _not_finite(name: str, tensor: "Tensor", where: str) -> Refusal | None:
     if not found:
         return None
     remedy = "train it again; a value that is not finite would spread to every tensor of the merged model"
-    return Refusal(found.code, found.what, where, "", name, found.expected, found.found, remedy)
+    return Refusal(found.code, found.what, where, file, name, found.expected, found.found, remedy)
 
 
 def retrain(base: Version) -> str:
     """What to do with an expert that is not of this base."""
-    return f"fine-tune it from this line's base (weights {base.memory.base_sha256[:12]}) and export every tensor of it"
+    return f"fine-tune it from this line's base (weights {base.memory.base_sha256[:12]}), with its shapes and names"

@@ -119,7 +119,8 @@ def _check_product(update: Update, shape: tuple[int, ...], specs: Specs, config:
         raise place.refuse("E_ADAPTER", "the base's tensor is no matrix", "a matrix", str(list(shape)), shown(down))
     if specs[down].shape[:1] != (rank,):
         found = f"shape {list(specs[down].shape)}"
-        raise place.refuse("E_ADAPTER", "the rank is not the configuration's", f"rank {rank}", found, shown(down))
+        what, remedy = "the rank is not the configuration's", "register it with the adapter_config.json of its training"
+        raise place._replace(remedy=remedy).refuse("E_ADAPTER", what, f"rank {rank}", found, shown(down))
     if (MAGNITUDE in keys) != config.dora:
         what, found = (
             "use_dora and the tensors disagree",

@@ -19,6 +19,7 @@ SHARD = re.compile(r"\w[\w.-]{0,180}\.safetensors", re.ASCII)
 PART = re.compile(r".*-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 MAGIC = ((b"PK", "a zip archive"), (b"\x80", "a pickle"), (b"7z\xbc\xaf", "a 7z archive"), (b"\x1f\x8b", "a gzip file"))
 RESAVE = "save the weights again with save_pretrained (safetensors), from a model you trust"
+RECAST = "register the weights as they were before quantisation, or cast to bfloat16"
 
 
 class Span(NamedTuple):
@@ -52,7 +53,8 @@ def read_folder(folder: Path, where: str = "") -> dict[str, dict[str, Span]]:
         return _read_sharded(folder, files, indexes, where)
     if len(files) != 1 or PART.fullmatch(files[0]):
         found = shown(", ".join(files)) or "none"
-        place = Place(where, shown(files[0]) if files else "model.safetensors", RESAVE)
+        remedy = "upload model.safetensors.index.json too, as save_pretrained wrote it" if len(files) > 1 else RESAVE
+        place = Place(where, shown(files[0]) if files else "model.safetensors", remedy)
         raise place.refuse("E_FORMAT", "this is not one whole checkpoint", "one safetensors file or an index", found)
     return {files[0]: read_header(folder / files[0], where)}
 
@@ -69,8 +71,10 @@ def _read_sharded(folder: Path, files: list[str], indexes: list[str], where: str
             raise place.refuse("E_PATH", "the index names no plain file", "name.safetensors", shown(file), shown(name))
     if set(weight_map.values()) != set(files):
         odd = sorted(set(weight_map.values()) ^ set(files))[0]
-        what = "the index does not name this file" if odd in files else "the file that the index names is missing"
-        raise Place(where, shown(odd), RESAVE).refuse("E_FORMAT", what)
+        what, remedy = "the file that the index names is missing", f"upload it beside {shown(indexes[0])}"
+        if odd in files:
+            what, remedy = "the index does not name this file", f"remove it, or name it in {shown(indexes[0])}"
+        raise Place(where, shown(odd), remedy).refuse("E_FORMAT", what)
     headers = {file: read_header(folder / file, where) for file in files}
     _check_index(weight_map, headers, place)
     return headers
@@ -149,7 +153,8 @@ def _span(name: str, entry: object, place: Place) -> Span:
         raise place.refuse("E_HEADER", "the entry is malformed", "dtype, shape, data_offsets", shown(entry), tensor)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BYTES:
-        raise place.refuse("E_DTYPE", "the dtype is not supported", ", ".join(BYTES), shown(dtype), tensor)
+        known = ", ".join(BYTES)
+        raise place._replace(remedy=RECAST).refuse("E_DTYPE", "the dtype is not supported", known, shown(dtype), tensor)
     if not _counts(shape) or len(shape) > MAX_RANK:
         raise place.refuse(
             "E_HEADER", "the shape is not valid", "whole numbers from 0 to 2^63 - 1", shown(shape), tensor

@@ -235,6 +235,12 @@ def test_a_scheduler_needs_the_package_that_speaks_to_it(monkeypatch):
         starting.check_settings(settings, "tiny")
 
 
+def test_workers_may_be_a_number_without_quotes(tmp_path):
+    assert config.parse(f"{LINE}workers = 2\n", tmp_path / "foldin.toml").line("demo").workers == "2"
+    with pytest.raises(FoldinError, match="workers has the wrong type"):
+        config.parse(f"{LINE}workers = true\n", tmp_path / "foldin.toml")
+
+
 @pytest.mark.parametrize("workers", ["0", "-1", "two", "tcp://scheduler", "http://scheduler:8786", "1.5"])
 def test_workers_is_a_number_or_a_scheduler(workers):
     settings = LineConfig(base="base", experts=("experts",), workers=workers)

@@ -281,3 +281,21 @@ def test_a_folder_that_cannot_be_opened_for_want_of_descriptors_is_not_refused(s
 
 def test_a_missing_folder_is_unreachable(tmp_path):
     assert refusal_of(tmp_path / "nowhere").code == "E_UNREACHABLE"
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda folder, shard: shard.unlink(), "upload it beside model.safetensors.index.json"),
+        (lambda folder, shard: shutil.copy(shard, folder / "more.safetensors"), "remove it, or name it in model.saf"),
+        (
+            lambda folder, shard: (folder / "model.safetensors.index.json").unlink(),
+            "upload model.safetensors.index.json",
+        ),
+    ],
+)
+def test_the_remedy_is_about_the_file_that_is_wrong(sharded, change, remedy):
+    change(sharded, sorted(sharded.glob("*.safetensors"))[0])
+    with pytest.raises(FoldinError) as caught:
+        Checkpoint.open(sharded)
+    assert caught.value.refusal.remedy.startswith(remedy)
