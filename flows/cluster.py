@@ -45,8 +45,9 @@ def fold_on_cluster(scheduler: str, folder: Path, records: Path, plan: Plan, dev
     Raises:
         FoldinError: as `passes.fold_state`, E_PROFILE where a worker would give other bytes than this process, and
             E_SERVER where the cluster cannot be reached or does not see the folders.
-        KilledWorker: a part took its worker down again and again, as it would have taken this process down.
+        RuntimeError: a part took its workers down, as it would have taken this process down; it counts as an attempt.
     """
+    from distributed import KilledWorker
     from prefect_dask.task_runners import DaskTaskRunner
 
     @flow(
@@ -67,6 +68,8 @@ def fold_on_cluster(scheduler: str, folder: Path, records: Path, plan: Plan, dev
 
     try:
         fold_parts()
+    except KilledWorker as error:
+        raise RuntimeError(f"workers of the Dask cluster {scheduler} died: {error}") from error
     except (OSError, PrefectException) as error:
         what = "the Dask cluster that the line's key workers names cannot fold"
         remedy = "start it with workers that see these folders, or set workers to a number, then run again"
