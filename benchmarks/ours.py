@@ -19,7 +19,7 @@ from flows.plan import Plan, state_in
 from flows.planning import make_plan
 from flows.pool import devices_of
 from merging import Stats, build
-from merging.lowrank import Factors, dense
+from merging.lowrank import dense_state
 from registry.adapters import Adapter
 from registry.files import read_json, write_json
 from registry.weights import Checkpoint
@@ -71,10 +71,9 @@ def fold(
 def merged_delta(folder: Path, name: str, method: str) -> Tensor:  # shape of the tensor, float32
     """What the version in a folder, made with `method`, adds to one tensor of the base; the tensor was moved."""
     rule = build(method, {})
-    state = state_in(Checkpoint.open(folder / STATE), name, rule, "cpu")
+    state = dense_state(state_in(Checkpoint.open(folder / STATE), name, rule, "cpu"))
     assert state is not None, f"{name} has no state in {folder}"
-    slots = {"total": dense(state)} if isinstance(state, Factors) else state
-    return rule.read(slots, Stats(*read_json(folder / FACTS)["stats"]))
+    return rule.read(state, Stats(*read_json(folder / FACTS)["stats"]))
 
 
 def _plan(

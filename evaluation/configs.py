@@ -1,4 +1,4 @@
-"""A checkpoint folder's JSON, read as data: nothing in it may name code. Standard library only."""
+"""A checkpoint folder's files, and its JSON read as data: nothing in it may name code. Standard library only."""
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -20,6 +20,14 @@ IMPLEMENTATIONS = (
     "grouped_mm",
     "batched_mm",
 )
+
+
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # patterns of the files that hold a tokenizer's vocabulary
+
+
+def vocabulary_files(folder: Path) -> set[str]:
+    """The names of the files that hold the folder's vocabulary; none where it has no tokenizer."""
+    return {path.name for pattern in VOCABULARIES for path in folder.glob(pattern)}
 
 
 def read_config(folder: Path, where: str) -> Json | Refusal:

@@ -19,12 +19,21 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from evaluation.configs import base_name, code_in, prefixes, read_config, refuse, some, unknown_model
+from evaluation.configs import (
+    VOCABULARIES,
+    base_name,
+    code_in,
+    prefixes,
+    read_config,
+    refuse,
+    some,
+    unknown_model,
+    vocabulary_files,
+)
 from evaluation.escape import clean
 from registry.records import SYSTEM_ERRORS, FoldinError, Refusal
 
 Untyped = Any  # classes, models and configurations of transformers, which mypy does not see
-VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")
 LONGEST = 128  # tokens of a text that are read; suites hold short texts
 MAPPINGS = {
     "zero-shot-text": "MODEL_MAPPING",
@@ -147,7 +156,7 @@ def stored_tokenizer(folder: Path, where: str, code: str = "E_CONFIG", remedy: s
     if problem:
         return problem
     # Without its files transformers makes a tokenizer that knows no word.
-    if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
+    if not vocabulary_files(folder):
         expected = " or ".join(VOCABULARIES)
         return Refusal(code, "the tokenizer is missing", where, expected=expected, remedy=remedy)
     try:

@@ -5,18 +5,14 @@ Data goes to stdout, talk to stderr. Exit codes: 0 done, 1 error, 2 usage, 3 rej
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
-if TYPE_CHECKING:
-    from flows.config import Config
-    from flows.wiring import House
-
-REJECTED = 3
+from flows.telling import busy, say
+from flows.verb import answer, fail, finish, house_of, prefect_for, prepared
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,14 +53,14 @@ def init(options: dict[str, Any], line: str, base: Path | None, experts: tuple[s
     from flows.setup import write_line
 
     write_line(options["config_file"], line, base.absolute() if base else None, list(experts), method)
-    house = _house(options)
-    _busy("registering the base")
+    house = house_of(options)
+    busy("registering the base")
     from flows.starting import start
 
     version = start(house, line, house.config.line(line))
     watched = ", ".join(house.config.line(line).experts)
-    _say(f"{line} v{version} is the base and champion. Experts registered as {watched} will be folded.")
-    _say(
+    say(f"{line} v{version} is the base and champion. Experts registered as {watched} will be folded.")
+    say(
         f"Next: foldin add DIR --line {line} --task TASK (or register with any MLflow client), then foldin watch {line}"
     )
 
@@ -80,9 +76,9 @@ def add(options: dict[str, Any], folder: Path, line: str, task: str, suite: Path
     """Register the expert in FOLDER."""
     from flows.setup import add_expert
 
-    name, version = add_expert(_house(options), line, folder, task, suite, model)
+    name, version = add_expert(house_of(options), line, folder, task, suite, model)
     click.echo(f"{name} v{version}")
-    _say(f"Next: foldin watch {line}")
+    say(f"Next: foldin watch {line}")
 
 
 @cli.command()
@@ -90,7 +86,7 @@ def add(options: dict[str, Any], folder: Path, line: str, task: str, suite: Path
 @click.pass_obj
 def serve(options: dict[str, Any], limit: int) -> None:
     """Keep every line's deployments running: watch on an interval, nightly on its cron, rollback on demand."""
-    config = _prepared(options)
+    config = prepared(options)
     from flows.serve import serve as keep_serving
 
     keep_serving(config, str(options["config_file"]), limit)
@@ -104,10 +100,10 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
     """Look once: adopt moves of the alias, enrol new experts, fold everything that waits. All lines by default."""
     from registry.records import FoldinError
 
-    config = _prepared(options)
+    config = prepared(options)
     names = [line] if line else sorted(config.lines)
     outcomes, errors = [], []
-    with _prefect(options, names):
+    with prefect_for(options, names):
         from flows.watch import watch as look
 
         for name in names:
@@ -116,12 +112,12 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
             except FoldinError as error:  # one line's trouble is not the others'
                 errors.append(error)
         if not errors and not outcomes:
-            _say(f"{', '.join(names) or 'no line'}: nothing new was found, nothing waits")
+            say(f"{', '.join(names) or 'no line'}: nothing new was found, nothing waits")
     for other in errors[1:]:
-        _say(f"error: {other}")
+        say(f"error: {other}")
     if errors:
         raise errors[0]
-    _finish(outcomes, as_json)
+    finish(outcomes, as_json)
 
 
 @cli.command()
@@ -130,13 +126,13 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
 @click.pass_obj
 def merge(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
     """Fold the next expert that waits in LINE, and no more."""
-    with _prefect(options, [line]):
+    with prefect_for(options, [line]):
         from flows.merge import merge_expert
 
         outcome = merge_expert(line, str(options["config_file"]))
     if outcome is None:
-        _say(f"Nothing can be folded in {line} now: none waits, or `foldin status {line}` says what is in the way.")
-    _finish([outcome] if outcome else [], as_json)
+        say(f"Nothing can be folded in {line} now: none waits, or `foldin status {line}` says what is in the way.")
+    finish([outcome] if outcome else [], as_json)
 
 
 @cli.command()
@@ -145,12 +141,12 @@ def merge(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
 @click.pass_obj
 def status(options: dict[str, Any], line: str | None, as_json: bool) -> None:
     """What every line stands at: champion, what waits, what was refused."""
-    house = _house(options)
+    house = house_of(options)
     from flows.printing import print_status
     from flows.reading import status as read
 
     facts = [read(house, name) for name in ([line] if line else [each.name for each in house.ledger.lines()])]
-    _answer(facts, as_json, print_status)
+    answer(facts, as_json, print_status)
 
 
 @cli.command()
@@ -162,7 +158,7 @@ def log(options: dict[str, Any], line: str, as_json: bool) -> None:
     from flows.printing import print_log
     from flows.reading import log as read
 
-    _answer(read(_house(options), line), as_json, print_log)
+    answer(read(house_of(options), line), as_json, print_log)
 
 
 @cli.command()
@@ -175,7 +171,7 @@ def show(options: dict[str, Any], line: str, version: int | None, as_json: bool)
     from flows.printing import print_show
     from flows.reading import show as read
 
-    _answer(read(_house(options), line, version), as_json, print_show)
+    answer(read(house_of(options), line, version), as_json, print_show)
 
 
 @cli.command()
@@ -188,10 +184,10 @@ def score(options: dict[str, Any], line: str, version: int | None, as_json: bool
     from flows.printing import print_accuracy
     from flows.reading import score as read
 
-    facts = read(_house(options), line, version)
-    _answer(facts, as_json, lambda found: print_accuracy(found["accuracy"]))
+    facts = read(house_of(options), line, version)
+    answer(facts, as_json, lambda found: print_accuracy(found["accuracy"]))
     for task, error in facts["errors"].items():
-        _say(f"{task} was not measured: {error}")
+        say(f"{task} was not measured: {error}")
 
 
 @cli.command()
@@ -203,12 +199,12 @@ def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -
     """Make an earlier (or later) version of LINE the champion, verified first."""
     import getpass
 
-    with _prefect(options, [line], check=False):  # it needs none of them, and must work when they are wrong
+    with prefect_for(options, [line], check=False):  # it needs none of them, and must work when they are wrong
         from flows.rollback import rollback as roll_back
 
         moved = roll_back(line, because, to, getpass.getuser(), str(options["config_file"]))
     click.echo(f"{line}: v{moved['from']} -> v{moved['to']}")
-    _say(f"Next: foldin log {line}")
+    say(f"Next: foldin log {line}")
 
 
 @cli.command()
@@ -220,13 +216,13 @@ def doctor(options: dict[str, Any], as_json: bool) -> None:
 
     from flows.doctor import examine
 
-    found = examine(_house(options))
+    found = examine(house_of(options))
     if as_json:
         click.echo(json.dumps([asdict(each) for each in found], indent=1))
     else:
         for each in found:
             click.echo(str(each))
-    _say(f"{len(found)} finding{'s' * (len(found) != 1)}." if found else "Everything is as it should be.")
+    say(f"{len(found)} finding{'s' * (len(found) != 1)}." if found else "Everything is as it should be.")
     sys.exit(1 if found else 0)
 
 
@@ -236,13 +232,13 @@ def doctor(options: dict[str, Any], as_json: bool) -> None:
 @click.pass_obj
 def ui(options: dict[str, Any], prefect_port: int, mlflow_port: int) -> None:
     """Show the MLflow and Prefect pages until interrupted."""
-    config = _prepared(options)
+    config = prepared(options)
     import threading
 
     from flows.serve import mlflow_server, prefect_server
 
     with prefect_server(config, prefect_port), mlflow_server(config, mlflow_port):
-        _say("Ctrl-C ends both.")
+        say("Ctrl-C ends both.")
         threading.Event().wait()
 
 
@@ -256,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FoldinError as error:
         if debug:
             raise
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except click.UsageError as error:
         error.show()
         sys.exit(2)
@@ -264,92 +260,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
+        fail("interrupted", 130)
     except OSError as error:
         if debug:
             raise
-        _fail(f"E_SYSTEM the system refused something: {error}. Repair what it names, and run this again.", 1)
+        from flows.faults import refused_by_system
 
-
-def _prepared(options: dict[str, Any]) -> "Config":
-    """The configuration, with the environment set before anything slow is imported."""
-    from flows.config import load
-    from flows.telling import speak
-    from flows.wiring import prepare_environment
-
-    config = load(options["config_file"])
-    prepare_environment(config, verbose=options["debug"])
-    speak(not options["quiet"])
-    return config
-
-
-def _house(options: dict[str, Any]) -> "House":
-    from flows.wiring import house
-
-    _prepared(options)
-    return house(str(options["config_file"]))
-
-
-@contextmanager
-def _prefect(options: dict[str, Any], lines: Sequence[str], *, check: bool = True) -> Iterator[None]:
-    """A Prefect API for the flow runs of one verb; what can be checked is checked while its server starts."""
-    config = _prepared(options)
-    settings = {line: config.line(line) for line in lines}
-    from flows.serve import temporary_prefect
-    from flows.wiring import house
-
-    # One line's mistake is not the others': of several, each is checked in its own flow run.
-    checked = settings if check and len(settings) == 1 else {}
-
-    def meanwhile() -> None:
-        from flows.starting import check_settings
-
-        for line, each in checked.items():
-            check_settings(each, line)
-        house(str(options["config_file"]))
-
-    _busy("starting Prefect")
-    with temporary_prefect(config, meanwhile):
-        yield
-
-
-def _answer(facts: Any, as_json: bool, show: Callable[[Any], None]) -> None:  # noqa: ANN401 - any JSON
-    if as_json:
-        click.echo(json.dumps(facts, indent=1, default=str))
-    else:
-        show(facts)
-
-
-def _finish(outcomes: list[dict[str, Any]], as_json: bool) -> NoReturn:
-    """Say what became of the experts; exit 3 when the gate rejected one, 1 when intake refused one."""
-    if as_json:
-        click.echo(json.dumps(outcomes, indent=1))
-    else:
-        for outcome in outcomes:
-            version = f" as v{outcome['version']}" if outcome["version"] else ""
-            click.echo(f"{outcome['expert']}: {outcome['state']}{version}")
-    states = {outcome["state"] for outcome in outcomes}
-    sys.exit(REJECTED if "rejected" in states else int("quarantined" in states))
-
-
-def _say(text: str) -> None:
-    from flows.telling import say
-
-    say(text)
-
-
-def _busy(text: str) -> None:
-    from flows.telling import busy
-
-    busy(text)
-
-
-def _fail(text: str, code: int) -> NoReturn:
-    from flows.telling import hush
-
-    hush()
-    click.echo(f"error: {text}", err=True)
-    sys.exit(code)
+        fail(str(refused_by_system(error)), 1)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
+def refused_by_system(error: Exception) -> Refusal:
+    """What to say when the operating system or the network refused something."""
+    what, remedy = "the system refused something", "free space, or repair what it names, and run this again"
+    return Refusal("E_SYSTEM", what, found=shown(str(error)), remedy=remedy)
+
+
 @contextmanager
 def blamed(name: str) -> Iterator[None]:
     """What cannot be folded is said with the tensor's name, and is the expert's fault; too little memory is not."""

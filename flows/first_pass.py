@@ -196,7 +196,7 @@ def _step(
 ) -> "tuple[State | Factors | None, Measure]":
     """One expert into one tensor's state."""
     from merging.fold import fold_tensor
-    from merging.lowrank import Factors, dense, fold_factors
+    from merging.lowrank import Factors, dense_state, fold_factors
     from merging.measure import Measure
     from merging.method import Role
 
@@ -212,9 +212,8 @@ def _step(
         after, found = fold_factors(method, state, delta, role)
         return (after if moved else state), found
     assert base is not None
-    whole = {"total": dense(state)} if isinstance(state, Factors) else state
     new = plan.tensor(expert, name).to(device) if moved else base
-    return fold_tensor(method, base, whole, new, plan.role(name, base, number))
+    return fold_tensor(method, base, dense_state(state), new, plan.role(name, base, number))
 
 
 def _nothing(state: "Factors | None") -> "Factors":

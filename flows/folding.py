@@ -70,14 +70,15 @@ def _make(
         from flows.cluster import fold_on_cluster
 
         fold_on_cluster(cluster, folder / STATE_FOLDER, records, plan, settings.device)
-    _clear(folder, {part.file for part in state_parts(plan)})
+    parts = state_parts(plan)
+    _clear(folder, {part.file for part in parts})
     measures, serving = _passes(folder, records, plan, devices, progress)
     stats = stats_after(plan, measures)
     _copy_companions(base.folder, parent.folder, folder)
     for expert in experts:
         _write_head(folder, expert)
     write_json(folder / STATE_FILE, _memory(settings, parent, experts, plan, stats, measures, serving))
-    known = {f"{STATE_FOLDER}/{part.file}": recorded_sha256(records, part) for part in state_parts(plan)}
+    known = {f"{STATE_FOLDER}/{part.file}": recorded_sha256(records, part) for part in parts}
     files = hash_tree(folder, {**known, **serving.files})
     write_json(scratch / DONE_FILE, {"files": files, "overlap": summarise(measures[-1])})
 

@@ -11,7 +11,6 @@ from registry.records import FoldinError, Refusal
 if TYPE_CHECKING:
     from registry.weights import Checkpoint
 
-VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 BESIDE = ("merges.txt", "added_tokens.json")  # they change what a vocabulary says, and are none without it
 
 
@@ -66,23 +65,23 @@ def vocabulary_rows(
 
 
 def _matched(base: "Checkpoint", expert: "Checkpoint", rows: int, where: str) -> tuple[int, ...] | Refusal:
+    from evaluation.configs import vocabulary_files
     from evaluation.vocabulary import matched_rows
 
     found = matched_rows(base.folder, expert.folder, rows, where)
     if not isinstance(found, Refusal) or found.where == where:
         return found
-    if found.code == "E_VOCABULARY" and not _has_vocabulary(base.folder):
+    if found.code == "E_VOCABULARY" and not vocabulary_files(base.folder):
         return found
     raise FoldinError(replace(found, where=base.where))
 
 
-def _has_vocabulary(folder: Path) -> bool:
-    return any((folder / name).exists() for name in VOCABULARIES)
-
-
 def same_tokenizer(base: Path, expert: Path) -> bool:
     """Whether both count the same tokens: by the files that both have, or because one of the two has no vocabulary."""
-    shared = [name for name in (*VOCABULARIES, *BESIDE) if (base / name).exists() and (expert / name).exists()]
-    if any((base / name).read_bytes() != (expert / name).read_bytes() for name in shared):
+    from evaluation.configs import vocabulary_files
+
+    own, new = vocabulary_files(base), vocabulary_files(expert)
+    beside = {name for name in BESIDE if (base / name).exists() and (expert / name).exists()}
+    if any((base / name).read_bytes() != (expert / name).read_bytes() for name in own & new | beside):
         return False
-    return any(name in VOCABULARIES for name in shared) or not (_has_vocabulary(base) and _has_vocabulary(expert))
+    return bool(own & new) or not (own and new)

@@ -15,7 +15,7 @@ from flows import showing
 from flows.admission import Admitted, admit, declared_task
 from flows.champion import follow, reconcile
 from flows.config import LineConfig
-from flows.faults import is_out_of_memory
+from flows.faults import is_out_of_memory, refused_by_system
 from flows.folding import Candidate, fold
 from flows.leasing import held
 from flows.publishing import metrics_of, register, show, write_report, write_version_manifest
@@ -97,8 +97,7 @@ def surroundings() -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPError) as error:
-        what, remedy = "the system refused something", "free space, or repair what it names, and run this again"
-        raise FoldinError(Refusal("E_SYSTEM", what, found=shown(str(error)), remedy=remedy)) from error
+        raise FoldinError(refused_by_system(error)) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -20,14 +20,14 @@ class Part:
 
 def state_parts(plan: Plan) -> list[Part]:
     """The files of the state after this pass; none where no expert moved anything."""
-    cut = _cut_by_cost(plan, PART_BYTES) if plan.names else ()
+    cut = _cut_by_cost(plan) if plan.names else ()
     if len(cut) == 1:
         return [Part("model.safetensors", cut[0])]
     return [Part(f"model-{number:05}-of-{len(cut):05}.safetensors", names) for number, names in enumerate(cut, 1)]
 
 
-def _cut_by_cost(plan: Plan, target: int) -> tuple[tuple[str, ...], ...]:
-    """The names of the plan cut into parts of about equal cost, as many as there are `target` bytes to write.
+def _cut_by_cost(plan: Plan) -> tuple[tuple[str, ...], ...]:
+    """The names of the plan cut into parts of about equal cost, as many as there are PART_BYTES to write.
 
     The cut depends on the model alone, never on the number of workers, so that a state's files do not either.
     """
@@ -35,7 +35,7 @@ def _cut_by_cost(plan: Plan, target: int) -> tuple[tuple[str, ...], ...]:
     if plan.one_pass:  # a part's serving weights are held until they are written
         sizes += [plan.base.stored[name].bytes for name in plan.names]
     costs = {name: cost(plan, name) for name in plan.names}
-    count = max(1, min(MOST_PARTS, round(sum(sizes) / target)))
+    count = max(1, min(MOST_PARTS, round(sum(sizes) / PART_BYTES)))
     return tuple(_cut(plan.names, costs, count))
 
 

@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,7 @@ def numerics_profile(device: str) -> dict[str, str]:
     }
 
 
+@cache
 def _processor() -> str:
     """The kind of processor: libraries choose their routines by maker, model and instruction set."""
     import torch

@@ -10,16 +10,7 @@ from flows.config import LineConfig
 from flows.folding import Candidate
 from flows.versions import REPORT_FILE, Memory, Version
 from flows.wiring import CODE_FORMAT, House
-from registry.files import (
-    MANIFEST,
-    NOTHING,
-    read_json,
-    sha256_file,
-    verify_manifest,
-    write_atomic,
-    write_json,
-    write_manifest,
-)
+from registry.files import MANIFEST, read_json, sha256_file, verify_manifest, write_atomic, write_json, write_manifest
 from registry.records import Expert, FoldinError, Refusal, Report, Verdict
 
 if TYPE_CHECKING:
@@ -136,7 +127,7 @@ def write_version_manifest(
     merge_key: str,
     parent: Version | None,
     verdict: Verdict,
-    known: Mapping[str, str] = NOTHING,  # as in `hash_tree`
+    known: Mapping[str, str],  # as in `hash_tree`
 ) -> str:
     """Write the manifest, after everything else; its digest. Nothing in it depends on when or where it was made."""
     memory = Memory.read(folder)

@@ -49,15 +49,15 @@ def expect_slots(slots: "Checkpoint", name: str) -> None:
 
 def read_tensor(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: str, device: str) -> Read:
     """One serving tensor with its digest."""
-    from merging.fold import is_folded
     from registry.weights import raw_bytes, start_digest
 
     kept, ending = plan.kinds.same.get(name, name), list["Reading"]()
-    base, digest, pieces = plan.base[kept], start_digest(plan.base.stored[name].spec), list["Tensor"]()
-    source: Iterator[Tensor] = iter([base])
-    if slots is not None and is_folded(base):
+    digest, pieces = start_digest(plan.base.stored[name].spec), list["Tensor"]()
+    if slots is not None and kept in plan.names_set:
         merged = _merged_variance if kept in plan.kinds.variances else _merged
         source = merged(plan, slots, stats, kept, device, ending)
+    else:
+        source = iter([plan.base[kept]])
     with blamed(kept):
         for piece in source:
             pieces.append(piece.cpu())
@@ -79,12 +79,12 @@ def _merged(
     plan: Plan, slots: "Checkpoint", stats: "Stats", name: str, device: str, ending: "list[Reading]"
 ) -> "Iterator[Tensor]":
     """A merged tensor piece by piece; `ending` gets what came of it."""
-    from merging.lowrank import Factors, dense
+    from merging.lowrank import dense_state
     from merging.read import read_pieces
 
-    method, state = plan.method_for(name), state_in(slots, name, plan.method_for(name), device)
-    whole = {"total": dense(state)} if isinstance(state, Factors) else state
-    ending.append((yield from read_pieces(method, plan.tensor(plan.base, name).to(device), whole, stats)))
+    method, base = plan.method_for(name), plan.tensor(plan.base, name).to(device)
+    state = dense_state(state_in(slots, name, method, device))
+    ending.append((yield from read_pieces(method, base, state, stats)))
 
 
 def _merged_variance(

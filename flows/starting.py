@@ -46,7 +46,7 @@ def start(house: House, line: str, settings: LineConfig) -> int:
         house.ledger.record_verdict(lease, Merge(key, line, None, None, verdict))
         scratch = house.work(line) / key
         folder = _build(scratch / "candidate", copy, settings, digest)
-        write_version_manifest(folder, line, key, None, verdict)
+        write_version_manifest(folder, line, key, None, verdict, {})
         run = house.mlflow.run_for(line, key, f"{line}: base", {"foldin.verdict": "passed"})
         house.mlflow.show(run, params={"line": line, "base": digest}, metrics={}, tags={}, artifacts=[])
         version, manifest = register(house, line, key, run, folder, {}, "")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from merging.fold import check_norms
 from merging.measure import Measure, measure
-from merging.method import Method, Role
+from merging.method import Method, Role, State
 
 
 class Factors(NamedTuple):
@@ -30,6 +30,11 @@ class Factors(NamedTuple):
 def dense(factors: Factors) -> Tensor:  # -> (out, in), float32
     """The matrix itself."""
     return factors.left @ factors.right.mT
+
+
+def dense_state(state: State | Factors | None) -> State | None:
+    """A state with its total as a matrix, in whichever of the two forms it is kept."""
+    return {"total": dense(state)} if isinstance(state, Factors) else state
 
 
 def fits(rank: int, shape: tuple[int, ...]) -> bool:

@@ -93,8 +93,8 @@ def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
     said = capsys.readouterr()
     assert (ended.value.code, said.out) == (1, "")
     assert said.err.splitlines() == [
-        "error: E_SYSTEM the system refused something: [Errno 24] Too many open files: 'foldin.toml'. "
-        "Repair what it names, and run this again."
+        "error: E_SYSTEM the system refused something. Found [Errno 24] Too many open files: 'foldin.toml'. "
+        "Free space, or repair what it names, and run this again."
     ]
     with pytest.raises(OSError, match="Too many"):
         cli.main(["--debug", "status"])
