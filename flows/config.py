@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from registry.records import FoldinError, Refusal
 
 DEFAULT_FILE = Path("foldin.toml")
+SEARCHES = ("never", "on-reject", "always")
 TRIGGERS = ("on-register", "nightly", "manual")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a line: names a registered model, a folder, deployments
 LOCAL_DATABASE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:)(.+)")
@@ -29,6 +30,19 @@ class RegistryConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """`[lines.NAME.search]`: what is tried when the gate rejects an expert, on the rows kept for tuning."""
+
+    when: str = "on-reject"  # never; on-reject; always: also when it passes, for something better
+    strengths: tuple[float, ...] = (1.3, 1.6, 0.7, 0.5)  # factors of the strength that the fold would have
+    weights: tuple[float, ...] = (0.5,)  # of the expert's change
+    energies: tuple[float, ...] = (0.8,)  # opcm only
+    methods: tuple[str, ...] = ()  # whose state is a sum as well, with their defaults
+    tries: float = 8.0  # at most, the configured fold included
+    seconds: float = 1800.0  # no try is begun after that
+
+
+@dataclass(frozen=True)
 class LineConfig:
     """`[lines.NAME]`: one running model."""
 
@@ -40,7 +54,10 @@ class LineConfig:
     plain: tuple[str, ...] = ()  # patterns of linear weights that are added plainly, never projected
     project: tuple[str, ...] = ()  # patterns of other tensors, such as convolutions, that are projected as (out, rest)
     suites: Mapping[str, str] = field(default_factory=dict)  # task -> folder with suite.json, instead of the expert's
+    guards: Mapping[str, str] = field(default_factory=dict)  # name -> folder with suite.json: always measured as well
     gate: Mapping[str, Any] = field(default_factory=dict)  # the fields of evaluation.gate.Rules
+    search: SearchConfig = field(default_factory=SearchConfig)  # for a fold that passes, or for a better one
+    evaluation_seconds: float = 3600.0  # measuring one model on one suite may take; more counts as not measured
     trigger: str = "on-register"  # on-register: watch by interval; nightly: on schedule; manual: only by hand
     interval: float = 60.0  # seconds between two looks at the registry
     schedule: str = "0 2 * * *"  # cron of the nightly fold
@@ -152,8 +169,29 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
         raise _refused(path, f"{where} trigger is unknown", f"one of {', '.join(TRIGGERS)}", repr(line.trigger))
     _check_seconds(path, f"{where} interval", line.interval, 0.1)
     _check_seconds(path, f"{where} upload_patience", line.upload_patience, 0.0)
+    _check_seconds(path, f"{where} evaluation_seconds", line.evaluation_seconds, 0.1)
     _check_experts(path, f"{where} experts", name, line.experts)
-    return replace(line, suites={task: str(_absolute(path, folder)) for task, folder in line.suites.items()})
+    _check_search(path, f"[lines.{name}.search]", line.search)
+    suites, guards = (
+        {task: str(_absolute(path, folder)) for task, folder in each.items()} for each in (line.suites, line.guards)
+    )
+    both = sorted(suites.keys() & guards.keys())
+    if both:
+        raise _refused(path, f"{where} names a task in suites and guards", "one of the two", repr(both[0]))
+    return replace(line, suites=suites, guards=guards)
+
+
+def _check_search(path: Path, where: str, search: SearchConfig) -> None:
+    if search.when not in SEARCHES:
+        raise _refused(path, f"{where} when is unknown", f"one of {', '.join(SEARCHES)}", repr(search.when))
+    _check_seconds(path, f"{where} seconds", search.seconds, 0.0)
+    for key, highest in (("strengths", 1e6), ("weights", 1e6), ("energies", 1.0)):
+        wrong = [value for value in getattr(search, key) if not 0 <= value < highest or (not value and highest > 1)]
+        if wrong:
+            expected = f"numbers above 0, below {highest:g}"
+            raise _refused(path, f"{where} {key} is out of range", expected, repr(wrong[0]))
+    if not (search.tries >= 1 and search.tries == int(search.tries)):
+        raise _refused(path, f"{where} tries is out of range", "a whole number from 1", repr(search.tries))
 
 
 def _check_experts(path: Path, where: str, line: str, experts: tuple[str, ...]) -> None:
@@ -182,9 +220,10 @@ def _anchored(path: Path, url: str) -> str:
     return f"{local[1]}{_absolute(path, local[2])}" if local else url
 
 
-T = TypeVar("T", RegistryConfig, LineConfig)
+T = TypeVar("T", RegistryConfig, LineConfig, SearchConfig)
 EXAMPLES = {"base": '"a folder"', "experts": '["a registered model"]'}
-WORDS = {str: "a text", float: "a number", tuple: "a list of texts"}
+WORDS: Mapping[Any, str] = {str: "a text", float: "a number"}
+MANY: Mapping[Any, str] = {str: "texts", float: "numbers"}
 
 
 def _read(path: Path, where: str, kind: type[T], value: object) -> T:
@@ -199,16 +238,26 @@ def _read(path: Path, where: str, kind: type[T], value: object) -> T:
 
 def _typed(path: Path, where: str, value: Any, hint: Any) -> Any:  # noqa: ANN401 - TOML values
     """The value as the field wants it: lists become tuples, whole numbers may stand for floats."""
-    kind, texts = get_origin(hint) or hint, get_args(hint)[1:] == (str,)
-    fits = {
-        str: isinstance(value, str),
-        float: isinstance(value, int | float) and not isinstance(value, bool),
-        tuple: isinstance(value, list) and all(isinstance(each, str) for each in value),
-    }.get(kind, isinstance(value, dict) and (not texts or all(isinstance(each, str) for each in value.values())))
+    if hint is SearchConfig:
+        return _read(path, where.removeprefix("[").replace("] ", "."), SearchConfig, value)
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is tuple:
+        fits = isinstance(value, list) and all(_is(each, inner[0]) for each in value)
+        words = f"a list of {MANY[inner[0]]}"
+    elif kind in WORDS:
+        fits, words = _is(value, kind), WORDS[kind]
+    else:
+        texts = inner[1:] == (str,)
+        fits = isinstance(value, dict) and (not texts or all(isinstance(each, str) for each in value.values()))
+        words = "a table of texts" if texts else "a table"
     if not fits:
-        words = WORDS.get(kind, "a table of texts" if texts else "a table")
         raise _refused(path, f"{where} has the wrong type", words, repr(value))
     return tuple(value) if isinstance(value, list) else value
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether a TOML value is of a kind; whole numbers may stand for floats, and truth values for nothing."""
+    return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
 
 
 def _table(path: Path, where: str, value: object) -> Mapping[str, Any]:
