@@ -51,7 +51,7 @@ class Plan:
 
         How strongly the total is read is not among it: it changes what is served, and no part of the state.
         """
-        from merging import STRENGTH
+        from merging.catalogue import STRENGTH
 
         kinds = [sorted(self.kinds.projected), sorted(self.kinds.stacked), sorted(self.kinds.means.items())]
         specs = {key: spec for name in self.names for key, spec in self.slot_specs(name).items()}

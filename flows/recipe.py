@@ -31,7 +31,7 @@ def recipe_of(settings: LineConfig, factor: float) -> Recipe:
 
 def strength_of(method: str) -> str:
     """The name of a method's strength; "" where it has none."""
-    from merging import STRENGTH
+    from merging.catalogue import STRENGTH
 
     return STRENGTH.get(method, "")
 

@@ -5,13 +5,13 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.gate import Fold, Rules, canary, free, gate, rules_from, together
 from evaluation.rules import RANGES
+from experiments.power import rejections
 from registry.records import FoldinError, Outcome, Report, TaskScore
 
 COUNT = 300
@@ -403,26 +403,11 @@ def test_the_rungs_together_are_the_last_ones_outcome_with_all_reasons():
     assert both.checks == (*first.checks, *second.checks)
 
 
-def trial(seed, churn, loss, tasks=8, examples=500):
-    """The gate's verdict on a candidate whose answers turn by chance, `loss` of one task's only to the worse."""
-    random = np.random.default_rng(seed)
-    before, after = {}, {}
-    for number in range(tasks):
-        old = random.random(examples) < 0.75
-        new = old.copy()
-        new[random.permutation(np.flatnonzero(old))[: random.binomial(examples, churn)]] = False
-        new[random.permutation(np.flatnonzero(~old))[: random.binomial(examples, churn)]] = True
-        if number == 0:
-            new[random.permutation(np.flatnonzero(old & new))[: round(loss * examples)]] = False
-        before[f"task{number}"], after[f"task{number}"] = score(f"task{number}", old), score(f"task{number}", new)
-    return gate(Report("d", after), Report("c", before), Rules())
-
-
 @pytest.mark.parametrize("churn", [0.0, 0.01, 0.02])
 def test_a_loss_of_five_points_is_seen_and_none_is_seen_where_there_is_none(churn):
     # docs/gate.md has the table with more churn, where no test of this size can do both.
-    assert sum(not trial(seed, churn, 0.05).passed for seed in range(100)) >= 95
-    assert sum(not trial(seed, churn, 0.0).passed for seed in range(100)) <= 5
+    assert rejections(100, churn, 0.05) >= 95
+    assert rejections(100, churn, 0.0) <= 5
 
 
 def test_the_texts_hold_no_control_characters():
