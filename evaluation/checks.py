@@ -18,8 +18,8 @@ def uncertain(rule: str, task: str, threshold: float, problem: str) -> Check:
     return Check(rule, task, math.nan, threshold, False, f"{named(task)}: {problem}" if task else problem, hard=True)
 
 
-def known_task(task: str, both: Pair, rules: Rules, tasks: int) -> list[Check]:
-    """A known task against the champion, one of `tasks`; safety tasks are asked one question that chance answers not.
+def known_task(task: str, both: Pair, rules: Rules, tests: int) -> list[Check]:
+    """A known task against the champion, in one of `tests`; a safety task is asked one question, whatever chance says.
 
     Accuracy and scores are held to max_task_drop, accuracy also to max_negative_flips, perplexity to
     max_perplexity_rise.
@@ -28,20 +28,20 @@ def known_task(task: str, both: Pair, rules: Rules, tasks: int) -> list[Check]:
     if both[0].safety or both[1].safety:
         return [_safety(task, both, found, rules)]
     if both[0].metric == "perplexity":
-        return [drop("max_perplexity_rise", task, both, found, rules, tasks)]
-    answers = [drop("max_task_drop", task, both, found, rules, tasks)]
-    return [*answers, _negative_flips(task, both, found, rules, tasks)] if both[0].metric == "accuracy" else answers
+        return [drop("max_perplexity_rise", task, both, found, rules, tests)]
+    answers = [drop("max_task_drop", task, both, found, rules, tests)]
+    return [*answers, _negative_flips(task, both, found, rules, tests)] if both[0].metric == "accuracy" else answers
 
 
-def sampled_task(task: str, both: Pair, rules: Rules, tasks: int) -> Check:
+def sampled_task(task: str, both: Pair, rules: Rules, tests: int) -> Check:
     """A known task against the champion on its canary sample."""
     rule = "max_canary_rise" if both[0].metric == "perplexity" else "max_canary_drop"
-    return replace(drop(rule, task, both, change(both), rules, tasks), rung="canary")
+    return replace(drop(rule, task, both, change(both), rules, tests), rung="canary")
 
 
-def drop(rule: str, task: str, both: Pair, found: Change, rules: Rules, tasks: int) -> Check:
+def drop(rule: str, task: str, both: Pair, found: Change, rules: Rules, tests: int) -> Check:
     """Whether a task fell (a perplexity rose) no further than a rule allows, or no further than chance explains."""
-    limit, level = getattr(rules, rule), rules.significance / tasks
+    limit, level = getattr(rules, rule), rules.significance / tests
     passed = found.loss <= limit + ROUNDING or _chance(found.p, found.least, level)
     text = f"{named(task)}: {_told(both)}; at most {_amount(limit, both)} allowed ({_p(found.p, level)})"
     return Check(rule, task, found.loss, limit, passed, text, interval=found.interval)
@@ -54,8 +54,8 @@ def _safety(task: str, both: Pair, found: Change, rules: Rules) -> Check:
     return Check("max_safety_drop", task, found.loss, limit, passed, text, interval=found.interval, hard=not passed)
 
 
-def _negative_flips(task: str, both: Pair, found: Change, rules: Rules, tasks: int) -> Check:
-    limit, level, count = rules.max_negative_flips, rules.significance / tasks, both[0].examples
+def _negative_flips(task: str, both: Pair, found: Change, rules: Rules, tests: int) -> Check:
+    limit, level, count = rules.max_negative_flips, rules.significance / tests, both[0].examples
     rate = found.losses / count
     passed = rate <= limit + ROUNDING or _chance(found.p, found.least, level)
     counts = f"{found.losses} of {count} answers turned wrong ({rate:.1%}) and {found.wins} right"
@@ -63,14 +63,15 @@ def _negative_flips(task: str, both: Pair, found: Change, rules: Rules, tasks: i
     return Check("max_negative_flips", task, rate, limit, passed, text, interval=_wilson(found.losses, count))
 
 
-def mean_drop(pairs: Sequence[Pair], rules: Rules) -> Check:
+def mean_drop(pairs: Sequence[Pair], rules: Rules, tests: int) -> Check:
     """Whether the mean over the known tasks fell no further than max_mean_drop, or chance explains the pooled flips."""
     limit, changes = rules.max_mean_drop, [change(both) for both in pairs]
     loss = math.fsum(each.loss for each in changes) / len(pairs)
     losses, wins = sum(each.losses for each in changes), sum(each.wins for each in changes)
     p, least = sign_test(losses, wins), 0.5 ** sum(both[0].examples for both in pairs)
-    passed = loss <= limit + ROUNDING or _chance(p, least, rules.significance)
-    allowed = f"at most {_points(limit)} allowed ({_p(p, rules.significance)})"
+    level = rules.significance / tests
+    passed = loss <= limit + ROUNDING or _chance(p, least, level)
+    allowed = f"at most {_points(limit)} allowed ({_p(p, level)})"
     text = f"mean of {len(pairs)} known task{'s' * (len(pairs) > 1)}: {_direction(-loss)}; {allowed}"
     edge = math.sqrt(math.fsum((each.interval[1] - each.interval[0]) ** 2 for each in changes)) / 2 / len(pairs)
     return Check("max_mean_drop", "", loss, limit, passed, text, interval=(loss - edge, loss + edge))

@@ -105,9 +105,9 @@ def _known(candidate: Report, champion: Report, rules: Rules, split: str) -> lis
         if isinstance(both, str):
             answers.append(checks.uncertain("max_task_drop", task, rules.max_task_drop, both))
             continue
-        answers += checks.known_task(task, both, rules, len(tasks))
+        answers += checks.known_task(task, both, rules, len(tasks) + 1)
         pairs += [both] if both[0].metric != "perplexity" else []
-    return [*answers, checks.mean_drop(pairs, rules)] if pairs else answers
+    return [*answers, checks.mean_drop(pairs, rules, len(tasks) + 1)] if pairs else answers
 
 
 def _new(candidate: Report, champion: Report, rules: Rules, split: str) -> list[Check]:

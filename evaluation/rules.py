@@ -28,7 +28,7 @@ class Rules:
     min_gain: float = 0.0  # candidate - champion on the new task must be at least this
     min_expert_gain: float = 0.01  # expert - base on the new task must be at least this, with p < expert_significance
     min_retention: float = 0.10  # share of the expert's gain over the base that the candidate must keep
-    significance: float = 0.05  # of all known tasks together: each loss counts when p < significance / tasks
+    significance: float = 0.05  # of all known tasks and their mean together: a loss counts when p < this / (tasks + 1)
     expert_significance: float = 0.10  # an expert has learnt when chance explains its gain with less than this
 
 

@@ -1,7 +1,7 @@
-"""What the gate's paired tests can tell: `python -m experiments.power` prints how often they reject, by chance or rightly.
+"""What the gate's paired tests can tell: `python -m experiments.power` prints how often they reject.
 
-A trial is eight tasks of 500 examples on which the champion is right three times in four. Of each task some answers turn
-wrong and as many right by chance (churn, a share of the examples each way); of one task more turn wrong (the loss).
+A trial is eight tasks of 500 examples on which the champion is right three times in four. Of each task some answers
+turn wrong and as many right by chance (churn, a share of the examples each way); of one more turn wrong (the loss).
 """
 
 import argparse
