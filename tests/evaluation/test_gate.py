@@ -130,7 +130,7 @@ def test_too_few_examples_to_tell_anything_are_no_excuse():
 
 def test_flips_are_refused_even_when_the_mean_hardly_moves():
     old = CHAMPION.scores["old"]
-    rules = Rules(significance=0.1, max_task_drop=0.05, max_mean_drop=0.05)
+    rules = Rules(significance=0.2, max_task_drop=0.05, max_mean_drop=0.05)
     verdict = gate(candidate(old=flipped(old, 50, 36)), CHAMPION, rules)
     assert failed(verdict) == {"max_negative_flips"}
     assert "old: 50 of 300 answers turned wrong (16.7%) and 36 right; at most 10.0% wrong allowed" in verdict.reason
