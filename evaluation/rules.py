@@ -1,5 +1,6 @@
 """What a line demands of a candidate, and how its configuration says so."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -34,10 +35,10 @@ class Rules:
 
 # All others are shares, from 0 to 1.
 RANGES = {
-    "max_norm_ratio": (1.0, 1e9),
+    "max_norm_ratio": (1.0, math.inf),
     "canary_examples": (1.0, 1e6),
-    "max_canary_rise": (0.0, 1e9),
-    "max_perplexity_rise": (0.0, 1e9),
+    "max_canary_rise": (0.0, math.inf),
+    "max_perplexity_rise": (0.0, math.inf),
     "min_gain": (-1.0, 1.0),
     "min_expert_gain": (-1.0, 1.0),
     "min_retention": (-100.0, 1.0),

@@ -27,7 +27,8 @@ PAGE_FILE = "foldin/report.html"
 def write_report(house: House, settings: LineConfig, parent: Version, line: str, judged: Judged) -> "Record":
     """Write report.json, report.html, the pictures and the single answers into a candidate's folder."""
     from evaluation.answers import answers_bytes
-    from evaluation.page import as_html, write_plots
+    from evaluation.page import as_html
+    from evaluation.pictures import write_plots
     from evaluation.report import as_json
 
     record, folder = record_of(house, settings, parent, line, judged), judged.candidate.folder

@@ -213,8 +213,8 @@ BAD = {
     ),
     "suite that runs": Bad(
         "E_SUITE",
-        ("the kind is unknown", "Expected one of zero-shot-text", "'python'"),
-        files=edit_json("suite.json", kind="python"),
+        ("only the line's own configuration may", "python"),
+        files=edit_json("suite.json", kind="python", function="os:getcwd", metric="score", data=None),
     ),
     "failed upload": Bad("E_SOURCE", ("not ready", "Expected status READY", "Found status FAILED"), status="FAILED"),
     "vanished": Bad("E_SOURCE", ("no artifacts at the version's source", "Found "), stored=shutil.rmtree),

@@ -73,9 +73,10 @@ def test_experts_are_folded_in_order_once_and_their_lineage_is_in_mlflow(at, zoo
     for metrics in (run.data.metrics, {each.key for each in model.metrics}):
         assert set(metrics) >= {"accuracy.task-1", "accuracy.task-2"}
     assert {each.path for each in client.list_artifacts(version.run_id, "plots")} == {
-        "plots/accuracy_matrix.png",
-        "plots/tasks.png",
+        *("plots/accuracy_matrix.png", "plots/overlap.png", "plots/tasks.png", "plots/versions.png"),
     }
+    answers = {each.path for each in client.list_artifacts(version.run_id, "predictions")}
+    assert answers == {"predictions/task-1.parquet", "predictions/task-2.parquet"}
 
 
 def test_the_merged_weights_are_those_of_a_plain_merge_in_memory(at, zoo):
@@ -274,10 +275,10 @@ def test_a_model_that_kills_its_worker_is_set_aside_after_three_tries(at, zoo, m
     register(at, zoo / "expert-2", "task-2")
     original = merge.fold
 
-    def poisonous(scratch, settings, base, parent, experts, progress):
+    def poisonous(scratch, settings, recipe, base, parent, experts, progress):
         if experts[0].name[1] == 1:
             raise RuntimeError("out of something")
-        return original(scratch, settings, base, parent, experts, progress)
+        return original(scratch, settings, recipe, base, parent, experts, progress)
 
     monkeypatch.setattr(merge, "fold", poisonous)
     outcomes = look(at)
@@ -476,11 +477,11 @@ def test_too_many_open_files_are_not_the_experts_fault(at, zoo, monkeypatch, no_
 
 
 def test_too_little_memory_is_not_the_experts_fault_wherever_it_shows(at, zoo, monkeypatch):
-    from flows import merge
+    from flows import judging
 
     look(at)
     register(at, zoo / "expert-1", "task-1")
-    monkeypatch.setattr(merge, "report_on", lambda *arguments: torch.empty(2**46))
+    monkeypatch.setattr(judging, "score", lambda *arguments: torch.empty(2**46))
     with pytest.raises(FoldinError, match=r"E_MEMORY .*DefaultCPUAllocator: can't allocate memory"):
         look(at)
     monkeypatch.undo()
