@@ -8,6 +8,7 @@ import io
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,8 +41,8 @@ def read_answers(path: Path) -> TaskScore:
     """The score whose answers a file holds. Raises FoldinError (E_FORMAT) when it holds none."""
     try:
         table = pq.ParquetFile(path).read()
-        facts = json.loads(table.schema.metadata[KEY])
-        rows = {field: _column(table, name) for field, (name, _) in COLUMNS.items()}
+        facts: dict[str, Any] = json.loads(table.schema.metadata[KEY])
+        rows: dict[str, Any] = {field: _column(table, name) for field, (name, _) in COLUMNS.items()}
         return TaskScore(**facts, **rows)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         what, remedy = "these are no answers of a model", "remove the file; the model is measured again"

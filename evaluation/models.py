@@ -1,4 +1,4 @@
-"""Models out of checkpoints; only this file and `architecture` know transformers.
+"""Models out of checkpoints; only this file, `tokens` and `architecture` know transformers.
 
 `folder` always holds the config.json (and tokenizer files) of the base. No code from a folder is ever run:
 configurations are read as data first, and classes come from transformers itself. "Stored" names are those inside a
@@ -6,11 +6,11 @@ checkpoint; a running model may call the same tensors otherwise, and transformer
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -20,7 +20,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from evaluation.configs import (
-    VOCABULARIES,
     base_name,
     code_in,
     prefixes,
@@ -28,17 +27,15 @@ from evaluation.configs import (
     refuse,
     some,
     unknown_model,
-    vocabulary_files,
 )
-from evaluation.escape import clean
-from registry.records import SYSTEM_ERRORS, FoldinError, Refusal
+from registry.records import FoldinError, Refusal
 
 Untyped = Any  # classes, models and configurations of transformers, which mypy does not see
-LONGEST = 128  # tokens of a text that are read; suites hold short texts
 MAPPINGS = {
     "zero-shot-text": "MODEL_MAPPING",
     "text-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
 }
 
 
@@ -60,7 +57,7 @@ def skeleton(folder: Path) -> Untyped:
 
     Raises FoldinError as `check_config` refuses.
     """
-    return _on_meta(_architecture(folder), _config(folder))
+    return _on_meta(_architecture(folder), configuration(folder))
 
 
 def own_prefix(model: Untyped) -> str:
@@ -74,7 +71,7 @@ def base_prefix(folder: Path, names: Iterable[str] | None = None) -> str:
     `names` are the tensors of the base's checkpoint; without them its config decides. Raises FoldinError as
     `check_config` refuses.
     """
-    config = _config(folder)
+    config = configuration(folder)
     base = _on_meta(_architecture(folder), config)
     own = set(names) if names is not None else set(revert_weight_conversion(base, base.state_dict()))
     task = next((cls for kind in list(MAPPINGS)[1:] if (cls := _task_class(kind, config))), None)
@@ -103,14 +100,14 @@ def build(
     base's architecture has no model of this kind, E_SCHEMA when a parameter stays unset, has another shape, or a head
     tensor has no place.
     """
-    config = _config(folder)
+    config = configuration(folder)
     cls = _task_class(kind, config)
     if cls is None:
         what = f"the base's architecture has no model for {kind}"
         raise refuse("E_CONFIG", what, folder, found=str(config.model_type), remedy="use a suite of another kind")
     if kind != "zero-shot-text":
         config.num_labels = labels
-        if getattr(config, "pad_token_id", None) is None:  # GPT-2; the same choice as in `tokenizer_of`
+        if getattr(config, "pad_token_id", None) is None:  # GPT-2; the same choice as in `tokens.tokenizer_of`
             config.pad_token_id = getattr(config, "eos_token_id", None)
     model, unset = _load(cls, config, weights, folder)
     _set_head(model, head or {}, unset, folder)
@@ -120,51 +117,6 @@ def build(
         raise refuse("E_SCHEMA", "parameters stay unset", folder, tensor=some(left), remedy="give the weights or head")
     placed: nn.Module = model.to(device).eval()
     return placed
-
-
-class Tokenizer(NamedTuple):
-    """What turns texts into what a text model takes; a text is cut after LONGEST tokens."""
-
-    encode: Callable[[Sequence[str]], dict[str, Tensor]]  # n texts -> tensors (n, tokens), padded to the longest
-    lengths: Callable[[Sequence[str]], list[int]]  # n texts -> the tokens of each
-
-
-def tokenizer_of(folder: Path) -> Tokenizer:
-    """The folder's tokenizer. Raises FoldinError (E_CONFIG) when there is none."""
-    config, tokenizer = _config(folder), stored_tokenizer(folder, base_name(folder))
-    if isinstance(tokenizer, Refusal):
-        raise FoldinError(tokenizer)
-    if tokenizer.pad_token is None:  # GPT-2 has none; the attention mask hides what stands there
-        tokenizer.pad_token = tokenizer.eos_token
-    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", LONGEST), LONGEST)
-
-    def encode(texts: Sequence[str]) -> dict[str, Tensor]:
-        return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"))
-
-    def lengths(texts: Sequence[str]) -> list[int]:
-        return [len(tokens) for tokens in tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]]
-
-    return Tokenizer(encode, lengths)
-
-
-def stored_tokenizer(folder: Path, where: str, code: str = "E_CONFIG", remedy: str = "") -> Untyped | Refusal:
-    """The tokenizer of transformers made from the folder's files.
-
-    Refused as `check_config` refuses the folder, and with `code` where the files are missing or cannot be loaded.
-    """
-    problem = check_config(folder, where)
-    if problem:
-        return problem
-    # Without its files transformers makes a tokenizer that knows no word.
-    if not vocabulary_files(folder):
-        expected = " or ".join(VOCABULARIES)
-        return Refusal(code, "the tokenizer is missing", where, expected=expected, remedy=remedy)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
-            raise
-        return Refusal(code, "the tokenizer cannot be loaded", where, found=clean(str(error)), remedy=remedy)
 
 
 @cache
@@ -183,7 +135,8 @@ def _configuration_of(name: str) -> Untyped:
     return cls.config_class if cls else None
 
 
-def _config(folder: Path) -> Untyped:
+def configuration(folder: Path) -> Untyped:
+    """The folder's config.json as transformers' own class. Raises FoldinError as `check_config` refuses."""
     problem = check_config(folder, base_name(folder))
     if problem:
         raise FoldinError(problem)
@@ -194,7 +147,7 @@ def _config(folder: Path) -> Untyped:
 
 
 def _architecture(folder: Path) -> Untyped:
-    config = _config(folder)
+    config = configuration(folder)
     names = config.architectures or [""]
     cls = _class_named(names[0]) or _task_class("zero-shot-text", config)
     if cls is None:

@@ -1,14 +1,17 @@
 """The rows of a suite's Parquet file: the only file that imports pyarrow."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evaluation.escape import clean
+from evaluation.suites import Question
 from registry.records import SYSTEM_ERRORS, FoldinError, Refusal
 
 if TYPE_CHECKING:
@@ -19,56 +22,135 @@ UNPACKED_BYTES = 2**32  # what a file may unpack to, by its own metadata: small 
 
 
 def check_rows(suite: "Suite", where: str) -> None:
-    """Nothing when every row fits the suite and the gate split has rows; raises FoldinError (E_SUITE) otherwise."""
+    """Nothing when every row fits the suite, the gate split has rows and no input stands in both splits.
+
+    Raises FoldinError (E_SUITE) otherwise.
+    """
     table = _table(suite, where)
-    _check_labels(table["label"], suite, where)
+    if "choices" in _columns(suite):
+        _check_choices(table, suite, where)
+    elif "label" in _columns(suite):
+        _check_labels(table["label"], suite, where)
     _check_splits(table["split"], suite, where)
     if suite.image_shape:
         _check_images(table["image"], suite.image_shape, suite, where)
+    _check_disjoint(table, suite, where)
 
 
-def read_rows(suite: "Suite", split: str) -> tuple[list[str] | list[list[float]], list[int]]:
+def read_rows(suite: "Suite", split: str, sample: int) -> tuple[list[Any], list[int]]:
     """Inputs and label indices of one split in the file's order; raises FoldinError (E_SUITE) when there are none."""
     where = f"suite of task {clean(suite.task)}"
     table = _table(suite, where)
-    rows = table.filter(pc.equal(table["split"], split))
+    named = "gate" if split == "canary" else split
+    rows = table.filter(pc.equal(table["split"], named))
     if not rows.num_rows:
-        raise _refuse("the split has no rows", suite, where, expected=f"rows whose split is {split!r}")
-    return rows[_column(suite)].to_pylist(), rows["label"].to_pylist()
+        raise _refuse("the split has no rows", suite, where, expected=f"rows whose split is {named!r}")
+    if split == "canary":
+        rows = rows.take(_sample(suite.sha256, rows.num_rows, sample))
+    return _inputs(rows, suite), rows["label"].to_pylist() if "label" in _columns(suite) else []
 
 
-def write_rows(path: Path, rows: Iterable[tuple[str | Sequence[float], int, str]], *, image: bool) -> None:
+def digests(suite: "Suite", where: str) -> dict[str, list[bytes]]:
+    """Split -> the digests of its inputs, 16 bytes each, in the file's order; raises FoldinError like `check_rows`."""
+    table = _table(suite, where)
+    found: dict[str, list[bytes]] = {}
+    for split, digest in zip(table["split"].to_pylist(), _digests(table, suite), strict=True):
+        found.setdefault(split, []).append(digest)
+    return found
+
+
+def write_rows(path: Path, rows: Iterable[Any], kind: str, metric: str) -> None:
     """Writes the Parquet file of a suite; equal rows give equal bytes with the same pyarrow."""
-    inputs, labels, splits = [], [], []
-    for value, label, split in rows:
-        inputs.append(list(value) if image else value)
-        labels.append(label)
-        splits.append(split)
-    kind = pa.list_(pa.float32()) if image else pa.string()
-    columns = {"image" if image else "text": pa.array(inputs, kind), "label": pa.array(labels, pa.int64())}
-    table = pa.table({**columns, "split": pa.array(splits, pa.string())})
+    if kind == "python":
+        table = pa.Table.from_pylist(list(rows))
+    else:
+        texts, labels = pa.string(), pa.int64()
+        wanted = {"text": texts, "label": labels, "split": texts}
+        if kind == "image-classification":
+            wanted = {"image": pa.list_(pa.float32()), "label": labels, "split": texts}
+        if kind == "causal-lm":
+            wanted = {"text": texts, "choices": pa.list_(texts), "label": labels, "split": texts}
+        if metric == "perplexity":
+            wanted = {"text": texts, "split": texts}
+        flat = [(*row[0], *row[1:]) if "choices" in wanted else row for row in rows]
+        columns = zip(*flat, strict=True) if flat else ([] for _ in wanted)
+        table = pa.table(
+            {name: pa.array(list(column), wanted[name]) for name, column in zip(wanted, columns, strict=True)}
+        )
     pq.write_table(table, path, compression="zstd")
 
 
-def _column(suite: "Suite") -> str:
-    return "image" if suite.image_shape else "text"
+def _columns(suite: "Suite") -> tuple[str, ...]:
+    """What the kind must find in a row."""
+    if suite.kind == "python":
+        return ("split",)
+    if suite.kind == "causal-lm":
+        return ("text", "split") if suite.metric == "perplexity" else ("text", "choices", "label", "split")
+    return ("image" if suite.image_shape else "text", "label", "split")
+
+
+def _inputs(rows: pa.Table, suite: "Suite") -> list[Any]:
+    if suite.kind == "python":
+        return list(rows.to_pylist())
+    inputs: list[Any] = rows[_columns(suite)[0]].to_pylist()
+    if "choices" in _columns(suite):
+        return [Question(text, tuple(each)) for text, each in zip(inputs, rows["choices"].to_pylist(), strict=True)]
+    return inputs
+
+
+def _sample(identity: str, count: int, sample: int) -> list[int]:
+    """`sample` of `count` row numbers, in order; decided by the suite's identity."""
+    order = sorted(range(count), key=lambda row: hashlib.sha256(f"{identity}:{row}".encode()).digest())
+    return sorted(order[:sample])
+
+
+def _digests(table: pa.Table, suite: "Suite") -> Iterator[bytes]:
+    if suite.image_shape:
+        # Adding zero makes minus zero plus zero: an inverted view must not hide that two images are one.
+        values = pc.add(pc.cast(pc.list_flatten(table["image"]), pa.float32()), pa.scalar(0.0, pa.float32()))
+        inputs: Iterable[bytes] = values.to_numpy().reshape(table.num_rows, -1)
+    elif suite.kind == "python":
+        rows = (
+            {key: value for key, value in row.items() if key not in ("split", "label")} for row in table.to_pylist()
+        )
+        inputs = (json.dumps(row, sort_keys=True, default=repr).encode() for row in rows)
+    else:
+        inputs = (_bytes_of(each) for each in _inputs(table, suite))
+    return (hashlib.blake2b(each, digest_size=16).digest() for each in inputs)
+
+
+def _bytes_of(given: "str | Question") -> bytes:
+    return given.encode() if isinstance(given, str) else json.dumps([given.text, *given.choices]).encode()
+
+
+def _check_disjoint(table: pa.Table, suite: "Suite", where: str) -> None:
+    first: dict[str, dict[bytes, int]] = {split: {} for split in SPLITS}  # split -> digest -> its first row
+    for row, (split, digest) in enumerate(zip(table["split"].to_pylist(), _digests(table, suite), strict=True)):
+        first[split].setdefault(digest, row)
+    shared = [(row, first["tune"][digest]) for digest, row in first["gate"].items() if digest in first["tune"]]
+    if shared:
+        pairs = ", ".join(f"rows {gate} (gate) and {tune} (tune)" for gate, tune in shared[:3])
+        more = f", and {len(shared) - 3} more" if len(shared) > 3 else ""
+        remedy = "keep each input in one split: what is tuned on cannot judge"
+        raise _refuse("the same input is in both splits", suite, where, "different inputs", pairs + more, remedy)
 
 
 def _table(suite: "Suite", where: str) -> pa.Table:
-    names = [_column(suite), "label", "split"]
+    names = _columns(suite)
+    assert suite.data is not None  # who has no rows does not ask for them
     try:
         # ParquetFile, not read_table: the latter reads columns out of folder names such as "label=3".
         with pq.ParquetFile(suite.data) as file:
             _check_size(file.metadata, suite, where)
             _check_columns(file.schema_arrow, names, suite, where)
-            table = file.read(columns=names)
+            table = file.read(columns=None if suite.kind == "python" else list(names))
             table.validate(full=True)  # text that is not UTF-8 would fail only later, outside this try
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
             raise
         remedy = "write it with evaluation.write_suite or pyarrow"
         raise _refuse("the data cannot be read as Parquet", suite, where, found=str(error), remedy=remedy) from None
-    _check_nulls(table, suite, where)
+    _check_nulls(table.select(names), suite, where)
     return table
 
 
@@ -80,13 +162,14 @@ def _check_size(metadata: pq.FileMetaData, suite: "Suite", where: str) -> None:
 
 
 def _check_columns(schema: pa.Schema, names: Sequence[str], suite: "Suite", where: str) -> None:
-    fits = {"text": _is_text, "image": _is_image, "label": pa.types.is_integer, "split": _is_text}
-    wanted = {"text": "string", "image": "list<float32>", "label": "int64", "split": "string"}
+    fits = {"image": _is_image, "choices": _is_texts, "label": pa.types.is_integer}
+    wanted = {"image": "list<float32>", "choices": "list<string>", "label": "int64"}
     for name in names:
         count = schema.names.count(name)
         found = str(schema.field(name).type) if count == 1 else f"{count or 'no'} such columns"
-        if count != 1 or not fits[name](schema.field(name).type):
-            raise _refuse(f"the column {name!r} does not fit", suite, where, expected=wanted[name], found=found)
+        if count != 1 or not fits.get(name, _is_text)(schema.field(name).type):
+            expected = wanted.get(name, "string")
+            raise _refuse(f"the column {name!r} does not fit", suite, where, expected=expected, found=found)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -94,8 +177,15 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(check(kind) for check in lists) and bool(pa.types.is_floating(kind.value_type))
+    return _is_list(kind) and bool(pa.types.is_floating(kind.value_type))
+
+
+def _is_texts(kind: pa.DataType) -> bool:
+    return _is_list(kind) and _is_text(kind.value_type)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(check(kind) for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
 def _check_nulls(table: pa.Table, suite: "Suite", where: str) -> None:
@@ -111,6 +201,16 @@ def _check_labels(labels: pa.ChunkedArray, suite: "Suite", where: str) -> None:
         if not 0 <= label <= last:
             place = f"{label} in row {row}"
             raise _refuse("a label index is out of range", suite, where, expected=f"0 to {last}", found=place)
+
+
+def _check_choices(table: pa.Table, suite: "Suite", where: str) -> None:
+    for row, (choices, label) in enumerate(zip(table["choices"].to_pylist(), table["label"].to_pylist(), strict=True)):
+        if len(choices) < 2 or not all(choices) or len(set(choices)) < len(choices):
+            found = f"{choices} in row {row}"
+            raise _refuse("the choices do not fit", suite, where, "two or more different texts, none empty", found)
+        if not 0 <= label < len(choices):
+            found = f"{label} in row {row}"
+            raise _refuse("a label index is out of range", suite, where, f"0 to {len(choices) - 1}", found)
 
 
 def _check_splits(splits: pa.ChunkedArray, suite: "Suite", where: str) -> None:
@@ -134,7 +234,7 @@ def _check_images(images: pa.ChunkedArray, shape: Sequence[int], suite: "Suite",
 
 
 def _refuse(
-    what: str, suite: "Suite", where: str, *, expected: str = "", found: str = "", remedy: str = ""
+    what: str, suite: "Suite", where: str, expected: str = "", found: str = "", remedy: str = ""
 ) -> FoldinError:
-    name = clean(suite.data.name)
+    name = clean(suite.data.name) if suite.data else ""
     return FoldinError(Refusal("E_SUITE", what, where, file=name, expected=expected, found=clean(found), remedy=remedy))

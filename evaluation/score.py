@@ -1,39 +1,41 @@
-"""How good a model is: weights and a suite in, a TaskScore with every single answer out.
-
-Examples are answered in batches of like length, short ones first, so that little is padded, and put back in order.
-"""
+"""How good a model is: weights and a suite in, a TaskScore with every single answer out."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from evaluation import models
-from evaluation.escape import clean
-from evaluation.suites import Suite, read_examples
-from registry.records import FoldinError, Refusal, TaskScore
-
-Weights = Mapping[str, Tensor]
-Input = str | list[float]
-Progress = Callable[[int, int], None]  # (examples done, examples in all)
-Answer = Callable[[Sequence[Input]], Tensor]  # n inputs -> logits (n, labels)
+from evaluation import classify, functions, language
+from evaluation.classify import Embedder, Progress, Weights
+from evaluation.clock import Clock, started
+from evaluation.language import Language
+from evaluation.measures import Measure
+from evaluation.suites import SAMPLE, Suite, read_examples
+from registry.records import FoldinError, TaskScore
 
 
-class Embedder(NamedTuple):
-    """A text encoder."""
+class Bench(NamedTuple):
+    """One model, built in each form once and only when a suite asks for it."""
 
-    embed: Callable[[Sequence[str]], Tensor]  # n texts -> unit vectors (n, dim)
-    lengths: Callable[[Sequence[str]], list[int]]  # n texts -> the tokens of each
+    folder: Path
+    weights: Weights
+    device: str
+    batch_size: int
+    encoder: Callable[[], Embedder]
+    language: Callable[[], Language]
 
 
-class Reader(NamedTuple):
-    """A model with everything it needs to answer a suite."""
+class Scope(NamedTuple):
+    """Which rows are answered, and for how long."""
 
-    answer: Answer
-    size: Callable[[Sequence[Input]], list[int]]  # n inputs -> what each costs, in tokens
+    split: str  # gate, canary or tune
+    sample: int  # rows of a canary
+    seconds: float  # for one suite
 
 
 def anchors(
@@ -48,9 +50,11 @@ def anchors(
     FoldinError (E_SUITE) for a suite of another kind.
     """
     if suite.kind != "zero-shot-text":
-        raise _refuse("only zero-shot-text has anchors", suite, "zero-shot-text", suite.kind, "score it with a head")
+        remedy = "score it with a head"
+        raise classify.refuse("only zero-shot-text has anchors", suite, "zero-shot-text", suite.kind, remedy)
+    encoder = classify.embedder(folder, base_weights, device)
     with torch.inference_mode():
-        return _embedder(folder, base_weights, device).embed(suite.prompts)
+        return encoder.embed(encoder.tokenizer.tokens(suite.prompts))
 
 
 def score(
@@ -59,18 +63,21 @@ def score(
     suite: Suite,
     *,
     anchors: Tensor | None = None,  # (labels, dim), zero-shot-text only
-    head: Weights | None = None,  # the other kinds
+    head: Weights | None = None,  # text-classification and image-classification
     device: str = "cpu",
     batch_size: int = 64,
     progress: Progress | None = None,
+    split: str = "gate",  # or "canary", a fixed sample of it, or "tune"
+    sample: int = SAMPLE,  # rows of a canary
+    seconds: float = math.inf,  # the time budget
 ) -> TaskScore:
-    """The model's answers on the suite's gate split; value NaN and `error` set when a logit is not finite.
+    """The model's answers on the suite's rows; value NaN and `error` set when they are not finite or time is over.
 
-    zero-shot-text answers with the nearest anchor by cosine. Raises FoldinError when the suite cannot be read, the
-    model cannot be built, or the anchors are missing or of another shape.
+    Raises FoldinError when the suite cannot be read, the model cannot be built, or the anchors are missing or of
+    another shape.
     """
-    embedder = _embedder(folder, weights, device) if suite.kind == "zero-shot-text" else None
-    return _measure(suite, _reader(folder, weights, suite, embedder, anchors, head, device), batch_size, progress)
+    bench, scope = _bench(folder, weights, device, batch_size), Scope(split, sample, seconds)
+    return _timed(suite, scope, lambda clock: _measure(bench, suite, scope, anchors, head, clock, progress))
 
 
 def score_all(
@@ -83,122 +90,84 @@ def score_all(
     device: str = "cpu",
     batch_size: int = 64,
     progress: Progress | None = None,  # counts suites: (done, in all)
+    split: str = "gate",
+    sample: int = SAMPLE,
+    seconds: float = math.inf,  # for each suite
 ) -> dict[str, TaskScore]:
-    """Every task's score; one encoder serves all zero-shot suites.
+    """Every task's score; one encoder serves all zero-shot suites, one language model all that need one.
 
     A task that cannot be measured gets a score of NaN with `error` set, and the others are measured all the same.
     Raises FoldinError only when the encoder itself cannot be built.
     """
-    zero_shot = any(suite.kind == "zero-shot-text" for suite in suites.values())
-    embedder = _embedder(folder, weights, device) if zero_shot else None
+    bench, scope = _bench(folder, weights, device, batch_size), Scope(split, sample, seconds)
+    if any(suite.kind == "zero-shot-text" for suite in suites.values()):
+        bench.encoder()
     scores: dict[str, TaskScore] = {}
     for task, suite in suites.items():
-        own_anchors, head = (anchors or {}).get(task), (heads or {}).get(task)
-        try:
-            reader = _reader(folder, weights, suite, embedder, own_anchors, head, device)
-            scores[task] = _measure(suite, reader, batch_size, None)
-        except FoldinError as error:
-            scores[task] = unmeasured(suite, str(error))
+        own, head = (anchors or {}).get(task), (heads or {}).get(task)
+        scores[task] = _timed(suite, scope, lambda clock: _tried(bench, suite, scope, own, head, clock))  # noqa: B023
         if progress:
             progress(len(scores), len(suites))
     return scores
 
 
-def unmeasured(suite: Suite, error: str) -> TaskScore:
+def unmeasured(suite: Suite, error: str, split: str = "gate") -> TaskScore:
     """The score of a model that could not be measured, which no gate passes."""
-    return TaskScore(suite.task, suite.sha256, suite.metric, math.nan, (), (), error)
+    return TaskScore(suite.task, suite.sha256, suite.metric, math.nan, error=error, split=split, safety=suite.safety)
 
 
-def _embedder(folder: Path, weights: Weights, device: str) -> Embedder:
-    model = models.build(folder, weights, kind="zero-shot-text", device=device)
-    tokenizer = models.tokenizer_of(folder)
-
-    def embed(texts: Sequence[str]) -> Tensor:
-        tokens = _on(device, tokenizer.encode(texts))
-        hidden = model(**tokens).last_hidden_state  # (n, tokens, dim)
-        mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-        return nn.functional.normalize(mean, dim=1)
-
-    return Embedder(embed, tokenizer.lengths)
+def _bench(folder: Path, weights: Weights, device: str, batch_size: int) -> Bench:
+    return Bench(
+        folder,
+        weights,
+        device,
+        batch_size,
+        cache(lambda: classify.embedder(folder, weights, device)),
+        cache(lambda: language.language(folder, weights, device)),
+    )
 
 
-def _reader(
-    folder: Path,
-    weights: Weights,
+def _timed(suite: Suite, scope: Scope, measured: Callable[[Clock], Measure | str]) -> TaskScore:
+    clock = started(scope.seconds)
+    try:
+        found = measured(clock)
+    except TimeoutError as error:
+        found = str(error)
+    blank = unmeasured(suite, found if isinstance(found, str) else "", scope.split)
+    facts = {} if isinstance(found, str) else found._asdict()
+    return replace(blank, **facts, seconds=clock.taken())
+
+
+def _tried(
+    bench: Bench, suite: Suite, scope: Scope, anchors: Tensor | None, head: Weights | None, clock: Clock
+) -> Measure | str:
+    try:
+        return _measure(bench, suite, scope, anchors, head, clock, None)
+    except FoldinError as error:
+        return str(error)
+
+
+def _measure(
+    bench: Bench,
     suite: Suite,
-    embedder: Embedder | None,
+    scope: Scope,
     anchors: Tensor | None,
     head: Weights | None,
-    device: str,
-) -> Reader:
-    if embedder and suite.kind == "zero-shot-text":
-        return _nearest(suite, embedder, anchors, device)
-    model = models.build(folder, weights, kind=suite.kind, head=head, labels=len(suite.labels), device=device)
-    if suite.kind == "image-classification":
-        shape = suite.image_shape or ()
-        return Reader(
-            lambda images: model(pixel_values=torch.tensor(images, device=device).view(-1, *shape)).logits,
-            lambda images: [1] * len(images),
-        )
-    encode, lengths = models.tokenizer_of(folder)
-    return Reader(
-        lambda texts: model(**_on(device, encode(_texts(texts)))).logits,
-        lambda texts: lengths(_texts(texts)),
-    )
+    clock: Clock,
+    progress: Progress | None,
+) -> Measure | str:
+    folder, weights, device, batch_size, *_ = bench
+    if suite.kind == "lm-eval":
+        from evaluation import harness
 
-
-def _texts(inputs: Sequence[Input]) -> list[str]:
-    return [str(text) for text in inputs]
-
-
-def _nearest(suite: Suite, embedder: Embedder, anchors: Tensor | None, device: str) -> Reader:
-    if anchors is None:
-        remedy = "compute them once with evaluation.score.anchors"
-        raise _refuse("the anchors are missing", suite, "one row per label", "none", remedy)
-    if anchors.ndim != 2 or len(anchors) != len(suite.labels):
-        found, remedy = str(tuple(anchors.shape)), "compute them again for this suite"
-        raise _refuse("the anchors do not fit", suite, f"({len(suite.labels)}, dim)", found, remedy)
-    columns = anchors.to(device).T
-    return Reader(
-        lambda texts: embedder.embed(_texts(texts)) @ columns,
-        lambda texts: embedder.lengths(_texts(texts)),
-    )
-
-
-def _measure(suite: Suite, reader: Reader, batch_size: int, progress: Progress | None) -> TaskScore:
-    examples = read_examples(suite)
-    predictions: list[int] = [0] * len(examples.labels)
-    done = 0
-    for batch in _batches(reader.size(examples.inputs), batch_size):
-        with torch.inference_mode():
-            logits = reader.answer([examples.inputs[row] for row in batch])
-        if not logits.isfinite().all():
-            return unmeasured(suite, "the model's outputs are not finite")
-        for row, label in zip(batch, logits.argmax(dim=1).tolist(), strict=True):
-            predictions[row] = label
-        done += len(batch)
-        if progress:
-            progress(done, len(predictions))
-    return _scored(suite, predictions, examples.labels)
-
-
-def _batches(sizes: Sequence[int], batch: int) -> Iterator[list[int]]:
-    """Row numbers in batches of like size, the smallest first."""
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
-    return (order[start : start + batch] for start in range(0, len(order), batch))
-
-
-def _scored(suite: Suite, predictions: Sequence[int], labels: Sequence[int]) -> TaskScore:
-    correct = tuple(guess == label for guess, label in zip(predictions, labels, strict=True))
-    value = sum(correct) / len(correct)
-    return TaskScore(suite.task, suite.sha256, suite.metric, value, tuple(predictions), correct)
-
-
-def _on(device: str, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: values.to(device) for name, values in tokens.items()}
-
-
-def _refuse(what: str, suite: Suite, expected: str, found: str, remedy: str) -> FoldinError:
-    where = f"suite of task {clean(suite.task)}"
-    return FoldinError(Refusal("E_SUITE", what, where, expected=expected, found=found, remedy=remedy))
+        return harness.measure(suite, bench.language(), scope.split, scope.sample, batch_size, clock)
+    examples = read_examples(suite, scope.split, scope.sample)
+    if suite.kind == "python":
+        return functions.measure(suite.function, functions.Model(folder, weights, device), examples.inputs, clock)
+    if suite.kind == "causal-lm":
+        return language.measure(bench.language(), suite, examples, batch_size, clock, progress)
+    if suite.kind == "zero-shot-text":
+        reader = classify.nearest(suite, bench.encoder(), anchors, device)
+    else:
+        reader = classify.headed(folder, weights, suite, head, device)
+    return classify.measure(reader, examples, batch_size, clock, progress)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from evaluation.configs import base_name
-from evaluation.models import stored_tokenizer
+from evaluation.tokens import stored_tokenizer
 from registry.records import Refusal
 
 ABSENT = -1

@@ -1,5 +1,6 @@
 """May this expert be folded into this line? From the registry's version to verified tensors, or to a refusal."""
 
+import math
 import re
 from collections import ChainMap
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ class Admitted:
     body: Fitted  # the tensors that the base has, as the base would hold them
     head: "Checkpoint"  # those it lacks: the task's head
     suite: "Suite"
+    weight: float = 1.0  # what its change is multiplied by
 
     @property
     def whole(self) -> "Mapping[str, Tensor]":
@@ -57,13 +59,14 @@ def admit(
     if task in settings.suites:
         own = suite_of(settings, task, house.experts, f"suite of task {task} in [lines.{expert.line}.suites]")
     try:
-        refusal = _check_tags(base, found, task, where)
+        refusal = _check_tags(base, found, task, where) or _check_guards(settings, task, where)
         if refusal:
             return refusal
         files = intake.admit(house.mlflow.fetch(found), house.experts, where)
         if isinstance(files, Refusal):
             raise FoldinError(files)
-        return _read(base, (expert.model, expert.version), task, files, own, where)
+        admitted = _read(base, (expert.model, expert.version), task, files, own, where)
+        return admitted if isinstance(admitted, Refusal) else replace(admitted, weight=declared_weight(found))
     except FoldinError as error:
         if error.refusal.code in TRANSIENT:
             raise
@@ -72,6 +75,13 @@ def admit(
             raise FoldinError(replace(error.refusal, remedy=remedy)) from error
         remedy = error.refusal.remedy or "correct it and register the result as a new version"
         return replace(error.refusal, where=where, remedy=remedy)
+
+
+def _check_guards(settings: LineConfig, task: str, where: str) -> Refusal | None:
+    if task not in settings.guards:
+        return None
+    what, expected = "the task has the name of one of the line's guards", f"none of {', '.join(settings.guards)}"
+    return Refusal("E_TASK", what, where, "", "", expected, task, "register it again with another foldin.task")
 
 
 # Not the expert's fault: it stays pending, and the run ends with the error. E_DIGEST is damage in foldin's own folders.
@@ -86,12 +96,20 @@ def declared_task(found: ExpertVersion) -> str:
     return shown(found.tags.get("foldin.task", "").strip())
 
 
+def declared_weight(found: ExpertVersion) -> float:
+    """What an expert's change shall be multiplied by, 1 when it does not say; NaN when that cannot be used."""
+    text = found.tags.get("foldin.weight", "").strip()
+    if not re.fullmatch(r"|\d{1,3}(\.\d{1,9})?", text):
+        return math.nan
+    return float(text or 1) or math.nan
+
+
 def suite_of(settings: LineConfig, task: str, folder: Path, where: str) -> "Suite":
     """The suite that measures a task: the line's own when it names one, else the one that came with the expert."""
     from evaluation.suites import load_suite
 
     own = settings.suites.get(task)
-    return load_suite(Path(own) if own else folder, task=task, where=where)
+    return load_suite(Path(own) if own else folder, task=task, where=where, trusted=own is not None)
 
 
 def _check_tags(base: Version, found: ExpertVersion, task: str, where: str) -> Refusal | None:
@@ -112,14 +130,14 @@ def _check_tags(base: Version, found: ExpertVersion, task: str, where: str) -> R
             found=task,
             remedy="register it again with a plain foldin.task",
         )
-    if found.tags.get("foldin.weight", "1").strip() not in {"", "1", "1.0"}:
+    if math.isnan(declared_weight(found)):
         return Refusal(
             code="E_WEIGHT",
-            what="weights per expert are not supported yet",
+            what="the expert's weight cannot be used",
             where=where,
-            expected="no tag foldin.weight, or 1",
+            expected="a tag foldin.weight such as 0.5, above 0 and below 1000, or none",
             found=shown(found.tags["foldin.weight"]),
-            remedy="register it again without the tag",
+            remedy="register it again with a plain number, or without the tag",
         )
     if found.status not in {"READY", "LoggedModelStatus.READY"}:
         return Refusal(

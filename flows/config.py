@@ -5,13 +5,14 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
+from flows.tables import EXAMPLES, as_table, check_keys, read_table, refused
 from registry.records import FoldinError, Refusal
 
 DEFAULT_FILE = Path("foldin.toml")
+SEARCHES = ("never", "on-reject", "always")
 TRIGGERS = ("on-register", "nightly", "manual")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a line: names a registered model, a folder, deployments
 LOCAL_DATABASE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:)(.+)")
@@ -29,6 +30,19 @@ class RegistryConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """`[lines.NAME.search]`: what is tried when the gate rejects an expert, on the rows kept for tuning."""
+
+    when: str = "on-reject"  # never; on-reject; always: also when it passes, for something better
+    strengths: tuple[float, ...] = (1.3, 1.6, 0.7, 0.5)  # factors of the strength that the fold would have
+    weights: tuple[float, ...] = (0.5,)  # of the expert's change
+    energies: tuple[float, ...] = (0.8,)  # opcm only
+    methods: tuple[str, ...] = ()  # whose state is a sum as well, with their defaults
+    tries: float = 8.0  # at most, the configured fold included
+    seconds: float = 1800.0  # no try is begun after that
+
+
+@dataclass(frozen=True)
 class LineConfig:
     """`[lines.NAME]`: one running model."""
 
@@ -40,7 +54,10 @@ class LineConfig:
     plain: tuple[str, ...] = ()  # patterns of linear weights that are added plainly, never projected
     project: tuple[str, ...] = ()  # patterns of other tensors, such as convolutions, that are projected as (out, rest)
     suites: Mapping[str, str] = field(default_factory=dict)  # task -> folder with suite.json, instead of the expert's
+    guards: Mapping[str, str] = field(default_factory=dict)  # name -> folder with suite.json: always measured as well
     gate: Mapping[str, Any] = field(default_factory=dict)  # the fields of evaluation.gate.Rules
+    search: SearchConfig = field(default_factory=SearchConfig)  # for a fold that passes, or for a better one
+    evaluation_seconds: float = 3600.0  # measuring one model on one suite may take; more counts as not measured
     trigger: str = "on-register"  # on-register: watch by interval; nightly: on schedule; manual: only by hand
     interval: float = 60.0  # seconds between two looks at the registry
     schedule: str = "0 2 * * *"  # cron of the nightly fold
@@ -101,10 +118,10 @@ def load(path: Path = DEFAULT_FILE, *, new: bool = False) -> Config:
     except FileNotFoundError as error:
         if not new:
             remedy = "go to its folder, name it with --config, or start a line with `foldin init LINE --base DIR`"
-            raise _refused(path, "there is no such file", "a foldin.toml", remedy=remedy) from error
+            raise refused(path, "there is no such file", "a foldin.toml", remedy=remedy) from error
         text = ""
     except (OSError, UnicodeDecodeError) as error:
-        raise _refused(path, "the file cannot be read", "text in UTF-8", str(error)) from error
+        raise refused(path, "the file cannot be read", "text in UTF-8", str(error)) from error
     return parse(text, path)
 
 
@@ -113,9 +130,9 @@ def parse(text: str, path: Path) -> Config:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise _refused(path, "the file is not TOML", "TOML 1.0", str(error)) from error
-    _check_keys(path, "", table, {"registry", "lines"})
-    lines = _table(path, "lines", table.get("lines", {}))
+        raise refused(path, "the file is not TOML", "TOML 1.0", str(error)) from error
+    check_keys(path, "", table, {"registry", "lines"})
+    lines = as_table(path, "lines", table.get("lines", {}))
     return Config(
         folder=path.parent,
         registry=_registry(path, table.get("registry", {})),
@@ -126,11 +143,11 @@ def parse(text: str, path: Path) -> Config:
 
 def _registry(path: Path, value: object) -> RegistryConfig:
     """`[registry]`, its relative places made absolute: the ledger must not depend on where a process was started."""
-    found = _read(path, "registry", RegistryConfig, value)
+    found = read_table(path, "registry", RegistryConfig, value)
     _check_seconds(path, "[registry] lease_seconds", found.lease_seconds, 0.1)
     home = _absolute(path, found.home)
     if home.exists() and not home.is_dir():
-        raise _refused(path, "[registry] home is not a folder", "a folder", str(home))
+        raise refused(path, "[registry] home is not a folder", "a folder", str(home))
     root = found.artifact_root
     return replace(
         found,
@@ -143,17 +160,38 @@ def _registry(path: Path, value: object) -> RegistryConfig:
 def _line(path: Path, name: str, value: object) -> LineConfig:
     if not NAME.fullmatch(name):
         expected = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
-        raise _refused(path, "the line's name is not plain", expected, repr(name))
+        raise refused(path, "the line's name is not plain", expected, repr(name))
     where = f"[lines.{name}]"
     if isinstance(value, dict) and type(value.get("workers")) is int:
         value = {**value, "workers": str(value["workers"])}  # a number may stand without quotes
-    line = _read(path, f"lines.{name}", LineConfig, value)
+    line = read_table(path, f"lines.{name}", LineConfig, value)
     if line.trigger not in TRIGGERS:
-        raise _refused(path, f"{where} trigger is unknown", f"one of {', '.join(TRIGGERS)}", repr(line.trigger))
+        raise refused(path, f"{where} trigger is unknown", f"one of {', '.join(TRIGGERS)}", repr(line.trigger))
     _check_seconds(path, f"{where} interval", line.interval, 0.1)
     _check_seconds(path, f"{where} upload_patience", line.upload_patience, 0.0)
+    _check_seconds(path, f"{where} evaluation_seconds", line.evaluation_seconds, 0.1)
     _check_experts(path, f"{where} experts", name, line.experts)
-    return replace(line, suites={task: str(_absolute(path, folder)) for task, folder in line.suites.items()})
+    _check_search(path, f"[lines.{name}.search]", line.search)
+    suites, guards = (
+        {task: str(_absolute(path, folder)) for task, folder in each.items()} for each in (line.suites, line.guards)
+    )
+    both = sorted(suites.keys() & guards.keys())
+    if both:
+        raise refused(path, f"{where} names a task in suites and guards", "one of the two", repr(both[0]))
+    return replace(line, suites=suites, guards=guards)
+
+
+def _check_search(path: Path, where: str, search: SearchConfig) -> None:
+    if search.when not in SEARCHES:
+        raise refused(path, f"{where} when is unknown", f"one of {', '.join(SEARCHES)}", repr(search.when))
+    _check_seconds(path, f"{where} seconds", search.seconds, 0.0)
+    for key, highest in (("strengths", 1e6), ("weights", 1e6), ("energies", 1.0)):
+        wrong = [value for value in getattr(search, key) if not 0 <= value < highest or (not value and highest > 1)]
+        if wrong:
+            expected = f"numbers above 0, below {highest:g}"
+            raise refused(path, f"{where} {key} is out of range", expected, repr(wrong[0]))
+    if not (search.tries >= 1 and search.tries == int(search.tries)):
+        raise refused(path, f"{where} tries is out of range", "a whole number from 1", repr(search.tries))
 
 
 def _check_experts(path: Path, where: str, line: str, experts: tuple[str, ...]) -> None:
@@ -161,15 +199,15 @@ def _check_experts(path: Path, where: str, line: str, experts: tuple[str, ...]) 
     wrong = [name for name in experts if not name.strip() or "/" in name or ":" in name]
     if not experts or wrong:
         found = repr(wrong[0]) if wrong else "[]"
-        raise _refused(path, f"{where} names no registered model", EXAMPLES["experts"], found)
+        raise refused(path, f"{where} names no registered model", EXAMPLES["experts"], found)
     if line in experts:
         remedy = f"register experts under another name, such as {line}-experts"
-        raise _refused(path, f"{where} names the line's own registered model", "other models", repr(line), remedy)
+        raise refused(path, f"{where} names the line's own registered model", "other models", repr(line), remedy)
 
 
 def _check_seconds(path: Path, where: str, value: float, least: float) -> None:
     if not (math.isfinite(value) and value >= least):
-        raise _refused(path, f"{where} is out of range", f"a number of seconds, {least:g} or more", repr(value))
+        raise refused(path, f"{where} is out of range", f"a number of seconds, {least:g} or more", repr(value))
 
 
 def _absolute(path: Path, text: str) -> Path:
@@ -180,51 +218,3 @@ def _anchored(path: Path, url: str) -> str:
     """A database URL whose relative file is taken from the configuration's folder."""
     local = LOCAL_DATABASE.fullmatch(url)
     return f"{local[1]}{_absolute(path, local[2])}" if local else url
-
-
-T = TypeVar("T", RegistryConfig, LineConfig)
-EXAMPLES = {"base": '"a folder"', "experts": '["a registered model"]'}
-WORDS = {str: "a text", float: "a number", tuple: "a list of texts"}
-
-
-def _read(path: Path, where: str, kind: type[T], value: object) -> T:
-    table, hints = _table(path, where, value), get_type_hints(kind)
-    _check_keys(path, where, table, set(hints))
-    for key, example in EXAMPLES.items():
-        if key in hints and key not in table:
-            raise _refused(path, f"[{where}] has no {key}", f"{key} = {example}", remedy=f"add it to {path.name}")
-    values = {key: _typed(path, f"[{where}] {key}", value, hints[key]) for key, value in table.items()}
-    return kind(**values)
-
-
-def _typed(path: Path, where: str, value: Any, hint: Any) -> Any:  # noqa: ANN401 - TOML values
-    """The value as the field wants it: lists become tuples, whole numbers may stand for floats."""
-    kind, texts = get_origin(hint) or hint, get_args(hint)[1:] == (str,)
-    fits = {
-        str: isinstance(value, str),
-        float: isinstance(value, int | float) and not isinstance(value, bool),
-        tuple: isinstance(value, list) and all(isinstance(each, str) for each in value),
-    }.get(kind, isinstance(value, dict) and (not texts or all(isinstance(each, str) for each in value.values())))
-    if not fits:
-        words = WORDS.get(kind, "a table of texts" if texts else "a table")
-        raise _refused(path, f"{where} has the wrong type", words, repr(value))
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _table(path: Path, where: str, value: object) -> Mapping[str, Any]:
-    if isinstance(value, dict):
-        return value
-    raise _refused(path, f"{where} is not a table", f"a table [{where}]", repr(value))
-
-
-def _check_keys(path: Path, where: str, table: Mapping[str, Any], known: set[str]) -> None:
-    for key in table:
-        if key not in known:
-            near = get_close_matches(key, sorted(known), n=1, cutoff=0.0)
-            what = f"unknown key {key!r} in [{where}]" if where else f"unknown table {key!r}"
-            raise _refused(path, what, f"one of {', '.join(sorted(known))}", remedy=f"did you mean {near[0]!r}")
-
-
-def _refused(path: Path, what: str, expected: str, found: str = "", remedy: str = "") -> FoldinError:
-    refusal = Refusal("E_CONFIG", what, str(path), "", "", expected, found, remedy or f"correct it in {path.name}")
-    return FoldinError(refusal)

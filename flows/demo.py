@@ -179,7 +179,7 @@ def _back_and_forth(config_file: Path, config: Config, story: Story) -> None:
 def _compare(at: House, trained: "Mapping[str, tuple[TextTask, Path]]", story: Story) -> None:
     """Base, experts, two plain merges and the champion on every task, measured now."""
     from flows.printing import print_comparison
-    from flows.scoring import Subject, known_tasks, score
+    from flows.scoring import GATE, Bench, Subject, known_tasks, score
     from flows.versions import chain, open_version
     from merging import merge
     from registry.weights import Checkpoint, content_sha256
@@ -188,13 +188,14 @@ def _compare(at: House, trained: "Mapping[str, tuple[TextTask, Path]]", story: S
     served = open_version(at, LINE, champion)
     base = open_version(at, LINE, chain(at, LINE, champion)[-1])
     settings = at.config.line(LINE)
+    bench = Bench(at, settings, base)
     tasks = known_tasks(at, settings, served.memory, served.folder)
     experts = {name: Checkpoint.open(folder) for name, (_, folder) in trained.items()}
 
     def measure(title: str, weights: Any, names: Any) -> dict[str, float]:  # noqa: ANN401 - mappings of tensors
         with bar(f"measuring {title}") as progress:
             subject = Subject(content_sha256(weights)[0], weights)
-            found = score(at, settings, base, subject, {name: tasks[name] for name in names}, progress)
+            found = score(bench, subject, {name: tasks[name] for name in names}, GATE, progress)
         return {name: each.value for name, each in found.items()}
 
     rows = {"base": measure("the base", base.weights(), tasks)}

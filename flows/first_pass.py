@@ -162,7 +162,8 @@ def _fold_pieces(
     # While nobody has moved it an unmoved tensor has no state, and folding it would make one of zeros: the same.
     late = next(at for at, expert in enumerate(plan.experts) if name in expert.moved) if state is None else 0
     experts = [plan.tensor(expert, name).to(device) if name in expert.moved else base for expert in plan.experts[late:]]
-    pieces = fold_pieces(plan.method_for(name), base, cast("State | None", state), experts)
+    method, weights = plan.method_for(name), plan.weights[late:]
+    pieces = fold_pieces(method, base, cast("State | None", state), experts, weights)
     measures, flat, at = [Measure(0.0, 0.0, 0.0, 0.0)] * late, base.reshape(-1), 0
     while True:
         try:
@@ -208,12 +209,14 @@ def _step(
         assert state is None or isinstance(state, Factors)
         update = expert.factors(name) if moved else None
         delta = Factors(*(side.to(device) for side in update)) if update else _nothing(state)
+        delta = delta._replace(left=delta.left * plan.weights[number])
         role = Role(projected=name in plan.kinds.projected)  # factors carry no rounding of the base's storage
         after, found = fold_factors(method, state, delta, role)
         return (after if moved else state), found
     assert base is not None
     new = plan.tensor(expert, name).to(device) if moved else base
-    return fold_tensor(method, base, dense_state(state), new, plan.role(name, base, number))
+    role = plan.role(name, base, number)
+    return fold_tensor(method, base, dense_state(state), new, role, plan.weights[number])
 
 
 def _nothing(state: "Factors | None") -> "Factors":

@@ -1,7 +1,7 @@
 """Experts folded into a parent version: a candidate in a folder of its own, made in two passes (`flows.passes`)."""
 
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,17 @@ from flows.passes import Serving, fold_once, fold_state, materialise, stats_afte
 from flows.plan import Plan
 from flows.planning import plan_for
 from flows.pool import devices_of
+from flows.recipe import Recipe
+from flows.second_pass import read_tensor
 from flows.versions import HEADS, STATE_FILE, STATE_FOLDER, STATE_FORMAT, Folded, Memory, Version
 from registry.files import hash_tree, read_json, write_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from merging.measure import Measure
     from merging.method import Stats
+    from registry.weights import Checkpoint
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 DONE_FILE = "folded.json"  # beside the candidate: the digests of a finished fold, so that a restart goes on from it
@@ -33,37 +38,78 @@ class Candidate:
     folder: Path
     memory: Memory
     overlap: Mapping[str, Mapping[str, float]]  # per layer: norms, cosine with the total, share removed
+    shares: tuple[float, float]  # of the last expert's change: by norm along the total, by its square removed
     files: Mapping[str, str]  # path below the folder -> SHA-256, of what the fold wrote
 
 
 def fold(
     scratch: Path,  # folder of this merge key alone; finished parts of an interrupted run there are used
     settings: LineConfig,
+    recipe: Recipe,
     base: Version,
     parent: Version,
     experts: Sequence[Admitted],  # in the order of folding
     progress: Progress,
 ) -> Candidate:
-    """The candidate in `scratch`, made or found finished; the same inputs and numerics profile give the same bytes."""
-    if not _finished(scratch):
-        _make(scratch, settings, base, parent, experts, progress)
+    """The candidate in `scratch`, made or found finished; the same inputs and numerics profile give the same bytes.
+
+    A candidate of another recipe that is there is replaced; of one of another strength the state is kept.
+    """
+    if not _finished(scratch, recipe):
+        (scratch / DONE_FILE).unlink(missing_ok=True)
+        _make(scratch, settings, recipe, base, parent, experts, progress)
     done, folder = read_json(scratch / DONE_FILE), scratch / "candidate"
-    return Candidate(folder, Memory.read(folder), done["overlap"], done["files"])
+    return Candidate(folder, Memory.read(folder), done["overlap"], tuple(done["shares"]), done["files"])
+
+
+@dataclass(frozen=True)
+class Reading(Mapping[str, "Tensor"]):
+    """The serving weights that a state gives under a plan, each made when it is asked for."""
+
+    plan: Plan
+    slots: "Checkpoint | None"
+    stats: "Stats"
+    device: str
+
+    def __getitem__(self, name: str) -> "Tensor":
+        import torch
+
+        read = read_tensor(self.plan, self.slots, self.stats, name, self.device)
+        return torch.cat([piece.reshape(-1) for piece in read.pieces]).reshape(self.plan.base.stored[name].spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plan.base)
+
+    def __len__(self) -> int:
+        return len(self.plan.base)
+
+
+def read_with(
+    candidate: Candidate, settings: LineConfig, recipe: Recipe, base: Version, parent: Version, expert: Admitted
+) -> Reading:
+    """A candidate's state, read as a recipe says that folds the same way."""
+    from merging import Stats
+    from registry.weights import Checkpoint
+
+    plan, folder = plan_for(settings, recipe, base, parent, [expert]), candidate.folder / STATE_FOLDER
+    slots = Checkpoint.open(folder, "state of the candidate") if plan.names else None
+    return Reading(plan, slots, Stats(*candidate.memory.stats), devices_of(settings.device, 1)[0])
 
 
 def _make(
     scratch: Path,
     settings: LineConfig,
+    recipe: Recipe,
     base: Version,
     parent: Version,
     experts: Sequence[Admitted],
     progress: Progress,
 ) -> None:
     """Make the candidate, and note last that it is finished."""
-    from merging.measure import summarise
+    from merging.measure import shares, summarise
 
     folder, records = scratch / "candidate", scratch / "parts"
-    plan = plan_for(settings, base, parent, experts)
+    plan = plan_for(settings, recipe, base, parent, experts)
     cluster = settings.workers if "://" in settings.workers else ""
     devices = devices_of(settings.device, int(settings.workers or 0) if not cluster else 0)
     if cluster:
@@ -77,10 +123,12 @@ def _make(
     _copy_companions(base.folder, parent.folder, folder)
     for expert in experts:
         _write_head(folder, expert)
-    write_json(folder / STATE_FILE, _memory(settings, parent, experts, plan, stats, measures, serving))
+    write_json(folder / STATE_FILE, _memory(recipe, parent, experts, plan, stats, measures, serving))
     known = {f"{STATE_FOLDER}/{part.file}": recorded_sha256(records, part) for part in parts}
     files = hash_tree(folder, {**known, **serving.files})
-    write_json(scratch / DONE_FILE, {"files": files, "overlap": summarise(measures[-1])})
+    moved = {name: each for name, each in measures[-1].items() if not plan.is_statistic(name)}
+    facts = {"files": files, "overlap": summarise(measures[-1]), "shares": shares(moved), "recipe": recipe._asdict()}
+    write_json(scratch / DONE_FILE, facts)
 
 
 def _clear(folder: Path, parts: Collection[str]) -> None:
@@ -110,7 +158,7 @@ def _passes(
 
 
 def _memory(
-    settings: LineConfig,
+    recipe: Recipe,
     parent: Version,
     experts: Sequence[Admitted],
     plan: Plan,
@@ -119,13 +167,14 @@ def _memory(
     serving: Serving,
 ) -> dict[str, object]:
     memory = Memory(
-        method=settings.method,
-        parameters=dict(settings.parameters),
+        method=recipe.method,
+        parameters=dict(recipe.parameters),
+        factor=recipe.factor,
         base_sha256=parent.memory.base_sha256,
         weights_sha256=serving.sha256,
         stats=(stats.count, stats.norm_sum, stats.total_norm),
         projected=tuple(sorted(plan.kinds.projected)),
-        experts=(*parent.memory.experts, *map(partial(_folded, plan), experts, measures)),
+        experts=(*parent.memory.experts, *map(partial(_folded, plan), experts, measures, plan.weights)),
         suites={**{expert.task: expert.suite.sha256 for expert in reversed(experts)}, **parent.memory.suites},
         profile=plan.profile,
         stored=plan.stored[-1],
@@ -134,12 +183,12 @@ def _memory(
     return {"format": STATE_FORMAT, **asdict(memory)}
 
 
-def _folded(plan: Plan, expert: Admitted, measures: "Mapping[str, Measure]") -> Folded:
+def _folded(plan: Plan, expert: Admitted, measures: "Mapping[str, Measure]", weight: float) -> Folded:
     """One expert as the version remembers it."""
     from merging.measure import quadrature
 
     norm = quadrature(measure.delta_norm for name, measure in measures.items() if not plan.is_statistic(name))
-    return Folded(*expert.name, expert.task, expert.weights_sha256, expert.tree_sha256, norm)
+    return Folded(*expert.name, expert.task, expert.weights_sha256, expert.tree_sha256, norm, weight)
 
 
 def _copy_companions(base: Path, parent: Path, folder: Path) -> None:
@@ -160,7 +209,9 @@ def _write_head(folder: Path, expert: Admitted) -> None:
         write_checkpoint(folder / HEADS, expert.head.specs, expert.head.__getitem__, layout=layout)
 
 
-def _finished(scratch: Path) -> bool:
+def _finished(scratch: Path, recipe: Recipe) -> bool:
     """Whether an earlier run finished this fold, and every byte of it is still there."""
-    done = scratch / DONE_FILE
-    return done.exists() and hash_tree(scratch / "candidate") == read_json(done)["files"]
+    if not (scratch / DONE_FILE).exists():
+        return False
+    done = read_json(scratch / DONE_FILE)
+    return bool(done["recipe"] == recipe._asdict() and hash_tree(scratch / "candidate") == done["files"])

@@ -5,10 +5,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
 
 from flows import showing
@@ -17,15 +18,18 @@ from flows.champion import follow, reconcile
 from flows.config import LineConfig
 from flows.faults import is_out_of_memory, refused_by_system
 from flows.folding import Candidate, fold
+from flows.judging import POLICY, Judged, climb, contest
 from flows.leasing import held
-from flows.publishing import metrics_of, register, show, write_report, write_version_manifest
-from flows.scoring import Subject, known_tasks, report_on, score
+from flows.publishing import metrics_of, register, show, show_try, write_report, write_version_manifest
+from flows.recipe import Recipe, recipe_of
+from flows.scoring import Bench
+from flows.search import search, wanted
 from flows.starting import check_settings
 from flows.telling import bar, say
 from flows.versions import Version, chain, open_version
 from flows.wiring import House, house, merge_key
 from registry.files import shown, sweep
-from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Refusal, Report, Verdict
+from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Refusal
 
 if TYPE_CHECKING:
     from evaluation.report import Record
@@ -34,8 +38,6 @@ DAY = 86400.0  # seconds
 MAX_ATTEMPTS = 3  # an expert that ended so many runs without a word is set aside, so that the next one can go on
 
 TAG_PATIENCE = 10.0  # seconds between creating a version and tagging it that a client may take
-
-POLICY: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}  # the ledger decides what is done
 
 
 class Work(NamedTuple):
@@ -52,14 +54,11 @@ class Work(NamedTuple):
     def key(self, admitted: Admitted) -> str:
         """The merge's name, made of everything that decides its result."""
         parts = (self.parent.manifest_sha256, admitted.tree_sha256, admitted.task, admitted.suite.sha256)
-        return merge_key(self.lease.line, *parts, self.settings)
+        return merge_key(self.lease.line, *parts, self.settings, admitted.weight)
 
-
-class Scores(NamedTuple):
-    """Both sides of the gate's comparison, on the same suites."""
-
-    candidate: Report
-    champion: Report
+    def scratch(self, admitted: Admitted) -> Path:
+        """The folder of this merge alone."""
+        return self.house.work(self.lease.line) / self.key(admitted)
 
 
 @flow(name="merge-expert", flow_run_name="{line}: next expert", persist_result=False)
@@ -122,12 +121,11 @@ def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -
     admitted = admit_expert(work)
     if isinstance(admitted, Refusal):
         return settle(at, lease, expert, ExpertState.QUARANTINED, admitted.code, str(admitted))
-    candidate = fold_tensors(work, admitted)
+    recipe = recipe_of(settings, work.parent.memory.factor)
+    candidate = fold_tensors(work, admitted, recipe)
     if isinstance(candidate, Refusal):
         return settle(at, lease, expert, ExpertState.QUARANTINED, candidate.code, str(candidate))
-    scores = score_models(work, admitted, candidate)
-    verdict = judge(work, scores)
-    return conclude(work, admitted, candidate, scores, verdict)
+    return conclude(work, admitted, judge(work, admitted, candidate, recipe))
 
 
 def unfinished(settings: LineConfig, found: ExpertVersion) -> bool:
@@ -165,59 +163,59 @@ def admit_expert(work: Work) -> Admitted | Refusal:
 
 
 @task(name="fold", **POLICY)
-def fold_tensors(work: Work, admitted: Admitted) -> Candidate | Refusal:
+def fold_tensors(work: Work, admitted: Admitted, recipe: Recipe) -> Candidate | Refusal:
     """The candidate, folded tensor by tensor, or why that cannot be; what earlier merges left behind is removed."""
-    scratch = work.house.work(work.lease.line) / work.key(admitted)
+    scratch = work.scratch(admitted)
     work.house.ledger.leases.check(work.lease)  # the folder is the holder's alone
     sweep(work.house.experts, age=DAY)
     for folder in scratch.parent.glob("*"):
         if folder != scratch:
             shutil.rmtree(folder)
     try:
-        with bar(f"folding {work.expert.name}") as progress:
-            return fold(scratch, work.settings, work.base, work.parent, [admitted], progress)
+        return refold(work, admitted, recipe, scratch)
     except FoldinError as error:
         if error.refusal.code != "E_FOLD":
             raise
         return replace(error.refusal, where=f"expert {work.expert.name}")
 
 
-@task(name="score", **POLICY)
-def score_models(work: Work, admitted: Admitted, candidate: Candidate) -> Scores:
-    """Candidate and champion on every task that the candidate knows, by the same suites."""
-    from registry.weights import Checkpoint
-
-    at, settings = work.house, work.settings
-    memory = work.parent.memory
-    after = known_tasks(at, settings, candidate.memory, candidate.folder)
-    before = {**after, **known_tasks(at, settings, memory, work.parent.folder)}
-    served = Subject(candidate.memory.weights_sha256, Checkpoint.open(candidate.folder, "candidate"))
-    champion = Subject(memory.weights_sha256, work.parent.weights())
-    with bar(f"measuring {len(after)} tasks") as progress:
-        report = report_on(at, settings, work.base, admitted, served, after, progress)
-        scores = score(at, settings, work.base, champion, before, progress)
-    return Scores(report, Report(memory.weights_sha256, scores))
+def refold(work: Work, admitted: Admitted, recipe: Recipe, scratch: Path) -> Candidate:
+    """The candidate of a recipe in a folder; what is there of it already is used."""
+    with bar(f"folding {work.expert.name}") as progress:
+        return fold(scratch, work.settings, recipe, work.base, work.parent, [admitted], progress)
 
 
-@task(name="gate", **POLICY)
-def judge(work: Work, scores: Scores) -> Verdict:
-    """The gate's answer under the line's rules."""
-    from evaluation.gate import gate, rules_from
+def judge(work: Work, admitted: Admitted, candidate: Candidate, recipe: Recipe) -> Judged:
+    """What the gate says of the candidate, or of a better way to fold the expert."""
+    from evaluation.gate import rules_from
 
+    bench = Bench(work.house, work.settings, work.base)
     rules = rules_from(work.settings.gate, f"[lines.{work.lease.line}.gate]")
-    return gate(scores.candidate, scores.champion, rules)
+    at = contest(bench, rules, work.parent, admitted, candidate)
+    judged = climb(at, candidate)
+    if not wanted(work.settings.search.when, judged):
+        return judged
+    say(f"{work.expert.name}: {judged.verdict.outcome}; searching for a better way to fold it")
+    run, refolded = run_of(work, admitted), partial(refold, work, admitted)
+    return search(at, judged, recipe, work.scratch(admitted), refolded, partial(show_try, work.house, run))
+
+
+def run_of(work: Work, admitted: Admitted) -> str:
+    """The MLflow run that shows the merge."""
+    line, expert = work.lease.line, work.expert
+    return work.house.mlflow.run_for(line, work.key(admitted), f"{line}: {expert.name}", {"foldin.expert": expert.name})
 
 
 @task(name="register", **POLICY)
-def conclude(work: Work, admitted: Admitted, candidate: Candidate, scores: Scores, verdict: Verdict) -> dict[str, Any]:
+def conclude(work: Work, admitted: Admitted, judged: Judged) -> dict[str, Any]:
     """Record the verdict; register and promote what passed, show and drop what did not."""
     at, lease, expert, key = work.house, work.lease, work.expert, work.key(admitted)
-    run = at.mlflow.run_for(lease.line, key, f"{lease.line}: {expert.name}", {"foldin.expert": expert.name})
-    merge = Merge(key, lease.line, expert.id, work.parent.number, verdict, run)
+    run, candidate = run_of(work, admitted), judged.candidate
+    merge = Merge(key, lease.line, expert.id, work.parent.number, judged.verdict, run)
     verdict = at.ledger.record_verdict(lease, merge).verdict  # the first answer stands
-    record = write_report(candidate, work.parent, scores.candidate, scores.champion, verdict)
+    record = write_report(at, work.settings, work.parent, lease.line, replace(judged, verdict=verdict))
     inputs = [at.mlflow.model_id(lease.line, work.parent.number), work.found.model_id]
-    show(at, lease.line, work.settings, run, expert, candidate.folder, record, inputs)
+    show(at, lease.line, run, expert, candidate, record, inputs)
     showing.judged(lease.line, expert, record, candidate.folder)
     if verdict.passed:
         outcome = promote(work, key, run, candidate, record)

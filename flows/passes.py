@@ -70,7 +70,7 @@ def fold_once(
 
     parts, measures, ready = state_parts(plan), list[list[Measures]](), dict[str, Read]()
     # Whatever looked at the norms, which are not known yet, would become NaN and be refused.
-    stats = Stats(plan.stats[0] + len(plan.experts), math.nan, math.nan)
+    stats = Stats(sum(plan.weights, start=plan.stats[0]), math.nan, math.nan)
     sweep(state)
 
     def reads() -> "Iterator[Read]":
@@ -108,8 +108,8 @@ def stats_after(plan: Plan, measures: Iterable[Mapping[str, "Measure"]]) -> "Sta
     from merging.fold import advance
 
     stats = Stats(*plan.stats)
-    for each in measures:
-        stats = advance(stats, (one for name, one in each.items() if not plan.is_statistic(name)))
+    for each, weight in zip(measures, plan.weights, strict=True):
+        stats = advance(stats, (one for name, one in each.items() if not plan.is_statistic(name)), weight)
     return stats
 
 

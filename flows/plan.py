@@ -39,6 +39,7 @@ class Plan:
     ranks: Mapping[str, tuple[int, ...]]  # per tensor whose total is kept as factors: its rank after each expert; -1
     # from where on it is kept as a matrix. All others are kept as they are.
     profile: Mapping[str, str] = field(default_factory=dict)  # of the process that made the plan
+    weights: tuple[float, ...] = ()  # per expert, what its change is multiplied by
 
     def __getstate__(self) -> dict[str, Any]:
         """Travels between processes without what was worked out from it."""
@@ -46,10 +47,16 @@ class Plan:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of how each tensor is folded: a part that was made by another plan is not this one's."""
+        """Digest of how each tensor is folded: a part that was made by another plan is not this one's.
+
+        How strongly the total is read is not among it: it changes what is served, and no part of the state.
+        """
+        from merging.catalogue import STRENGTH
+
         kinds = [sorted(self.kinds.projected), sorted(self.kinds.stacked), sorted(self.kinds.means.items())]
         specs = {key: spec for name in self.names for key, spec in self.slot_specs(name).items()}
-        facts = [self.method, dict(self.parameters), kinds, self.ranks, self.stored, self.stats, self.names, specs]
+        folded = {key: value for key, value in self.parameters.items() if key != STRENGTH.get(self.method)}
+        facts = [self.method, folded, kinds, self.ranks, self.stored, self.stats, self.names, specs, self.weights]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode()).hexdigest()
 
     @cached_property

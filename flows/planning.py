@@ -9,6 +9,7 @@ from flows.config import LineConfig
 from flows.fitting import Fitted
 from flows.kinds import Kinds, kinds_of
 from flows.plan import LEFT, Plan, numerics_profile
+from flows.recipe import Recipe
 from flows.versions import Version
 from registry.records import FoldinError, Refusal
 
@@ -16,27 +17,28 @@ if TYPE_CHECKING:
     from registry.weights import Checkpoint
 
 
-def plan_for(settings: LineConfig, base: Version, parent: Version, experts: Sequence[Admitted]) -> Plan:
+def plan_for(settings: LineConfig, recipe: Recipe, base: Version, parent: Version, experts: Sequence[Admitted]) -> Plan:
     """The plan of folding experts into a version.
 
     Raises:
-        FoldinError: E_METHOD when the line's method is not the one that wrote the parent's state.
+        FoldinError: E_METHOD when the method cannot read the parent's state.
     """
     from evaluation.architecture import anatomy
 
-    _check_method(settings, parent)
+    check_method(recipe.method, parent)
     weights = base.weights()
     kinds = kinds_of(settings, weights, anatomy(base.folder, list(weights)))
     slots = parent.slots()
     return make_plan(
-        settings.method,
-        settings.parameters,
+        recipe.method,
+        recipe.parameters,
         weights,
         slots,
         tuple(expert.body for expert in experts),
         kinds,
         stats=parent.memory.stats,
         stored=parent.memory.stored,
+        weights=tuple(recipe.weight * expert.weight for expert in experts),
         device=settings.device,
     )
 
@@ -51,13 +53,15 @@ def make_plan(
     *,
     stats: tuple[float, float, float] = (0.0, 0.0, 0.0),
     stored: Mapping[str, str] | None = None,  # by the experts before
+    weights: tuple[float, ...] = (),  # per expert; () for 1
     device: str = "cpu",
 ) -> Plan:
     """A plan from its parts: names, dtypes and ranks follow from what the experts and the slots hold."""
     experts = tuple(_with_moments(expert, kinds) for expert in experts)
     touched = _touched(slots).union(*(expert.moved for expert in experts))
     names = tuple(name for name in base.stored if name in touched and _is_folded(base, name, kinds))
-    plan = Plan(method, dict(parameters), base, slots, experts, kinds, stats, names, (), {}, numerics_profile(device))
+    profile, weights = numerics_profile(device), weights or (1.0,) * len(experts)
+    plan = Plan(method, dict(parameters), base, slots, experts, kinds, stats, names, (), {}, profile, weights)
     steps, before = list[Mapping[str, str]](), _touched(slots)
     for expert in experts:
         steps.append(_coarsest(base, steps[-1] if steps else stored or {}, expert, before))
@@ -125,16 +129,20 @@ def _rank_before(plan: Plan, name: str) -> int:
     return plan.slots.stored[key].spec.shape[1] if key in plan.slots else -1
 
 
-def _check_method(settings: LineConfig, parent: Version) -> None:
-    """Another method cannot read the state that this one wrote."""
-    if parent.memory.experts and parent.memory.method != settings.method:
-        raise FoldinError(
-            Refusal(
-                code="E_METHOD",
-                what="the line's method was changed after experts were folded",
-                where=f"version {parent.number}",
-                expected=f"method {parent.memory.method}",
-                found=f"method {settings.method}",
-                remedy="set the method back, or start a new line for the new method",
-            )
+def check_method(method: str, parent: Version) -> None:
+    """Nothing, when a method can go on from a version's state: its own, or a sum where both keep one."""
+    from merging import build
+
+    written = parent.memory.method
+    if not parent.memory.experts or written == method or (build(written, {}).additive and build(method, {}).additive):
+        return
+    raise FoldinError(
+        Refusal(
+            code="E_METHOD",
+            what="the method cannot go on from the version's state",
+            where=f"version {parent.number}",
+            expected=f"method {written}, or one that keeps a sum as it does",
+            found=f"method {method}",
+            remedy="set the method back, or start a new line for the new method",
         )
+    )

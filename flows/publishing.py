@@ -8,46 +8,74 @@ from typing import TYPE_CHECKING
 
 from flows.config import LineConfig
 from flows.folding import Candidate
+from flows.judging import Judged
+from flows.scoring import known_tasks
 from flows.versions import REPORT_FILE, Memory, Version
 from flows.wiring import CODE_FORMAT, House
 from registry.files import MANIFEST, read_json, sha256_file, verify_manifest, write_atomic, write_json, write_manifest
-from registry.records import Expert, FoldinError, Refusal, Report, Verdict
+from registry.records import Expert, Flip, FoldinError, Refusal, Try, Verdict
 
 if TYPE_CHECKING:
     from evaluation.report import Record
 
 PLOTS = "foldin/plots"
+ANSWERS = "foldin/predictions"
+FLIPS = 3  # examples shown of each task
 PAGE_FILE = "foldin/report.html"
 
 
-def write_report(candidate: Candidate, parent: Version, report: Report, champion: Report, verdict: Verdict) -> "Record":
-    """Write report.json, report.html and the pictures into a candidate's folder.
+def write_report(house: House, settings: LineConfig, parent: Version, line: str, judged: Judged) -> "Record":
+    """Write report.json, report.html, the pictures and the single answers into a candidate's folder."""
+    from evaluation.answers import answers_bytes
+    from evaluation.page import as_html, write_plots
+    from evaluation.report import as_json
 
-    Args:
-        candidate: where they go, with its memory and the overlap per layer.
-        parent: the version it was folded into, whose report holds the accuracy matrix so far.
-        report: the candidate's.
-        champion: the champion's, for the bars beside the candidate's.
-        verdict: the gate's.
-    """
-    from evaluation.metrics import negative_flip_rate, summary
-    from evaluation.page import as_html
-    from evaluation.report import Record, as_json
-
-    matrix = [*matrix_of(parent), {task: score.value for task, score in report.scores.items()}]
-    flips = {
-        f"negative_flips.{task}": negative_flip_rate(before, report.scores[task])
-        for task, before in champion.scores.items()
-        if task in report.scores and not (before.error or report.scores[task].error)
-    }
-    record = Record(report, verdict, matrix, {**summary(matrix, arrivals(candidate.memory)), **flips})
-    folder = candidate.folder
-    write_json(folder / REPORT_FILE, {**as_json(record), "overlap": candidate.overlap})
-    plots = draw(folder / PLOTS, candidate.memory, matrix, report, champion)
-    title = f"+ {candidate.memory.experts[-1].task}: {verdict.outcome}"
-    page = as_html(record, title, [f"plots/{path.name}" for path in plots])
-    write_atomic(folder / PAGE_FILE, page.encode())
+    record, folder = record_of(house, settings, parent, line, judged), judged.candidate.folder
+    write_json(folder / REPORT_FILE, as_json(record))
+    write_plots(record, folder / PLOTS)
+    write_atomic(folder / PAGE_FILE, as_html(record, f"{line}: {judged.candidate.memory.experts[-1].task}").encode())
+    for task, score in record.report.scores.items():
+        if not score.error:
+            write_atomic(folder / ANSWERS / f"{task}.parquet", answers_bytes(score))
     return record
+
+
+def record_of(house: House, settings: LineConfig, parent: Version, line: str, judged: Judged) -> "Record":
+    """All that people are told of a judged candidate."""
+    from evaluation.metrics import summary
+    from evaluation.report import Record
+
+    matrix, perplexities = history_of(parent, judged)
+    memory, last = judged.candidate.memory, judged.verdict.rung == "full"
+    rows = {task: row for task, row in arrivals(memory).items() if matrix and task in matrix[-1]}
+    return Record(
+        judged.report,
+        judged.verdict,
+        matrix,
+        {**summary(matrix, rows), **flip_rates(judged)} if last else {},
+        judged.champion,
+        perplexities,
+        judged.candidate.overlap,
+        judged.tries,
+        flips_of(house, settings, judged) if last else (),
+        lineage_of(line, parent, judged),
+        judged.seconds,
+    )
+
+
+def history_of(parent: Version, judged: Judged) -> tuple[list[Mapping[str, float]], list[Mapping[str, float]]]:
+    """Row by row the accuracies, and the perplexities, up to a candidate; its own row once every rung was asked."""
+    from evaluation.report import rows_in
+
+    document = read_json(parent.folder / REPORT_FILE, parent.where)
+    both: list[list[Mapping[str, float]]] = [
+        list(rows_in(document, name, f"report of {parent.where}")) for name in ("matrix", "perplexities")
+    ]
+    if judged.verdict.rung == "full":
+        for rows, perplexity in zip(both, (False, True), strict=True):
+            scores = judged.report.scores.items()
+            rows.append({task: each.value for task, each in scores if (each.metric == "perplexity") is perplexity})
+    return both[0], both[1]
 
 
 def arrivals(memory: Memory) -> dict[str, int]:
@@ -58,66 +86,107 @@ def arrivals(memory: Memory) -> dict[str, int]:
     return first
 
 
-def matrix_of(version: Version) -> list[Mapping[str, float]]:
-    """The accuracy matrix up to a version: row t holds the accuracies after t + 1 experts; empty for the base."""
-    from evaluation.report import from_json
+def flip_rates(judged: Judged) -> dict[str, float]:
+    """Per task that has right and wrong answers: the share of the champion's examples that turned wrong."""
+    from evaluation.metrics import negative_flip_rate
 
-    return list(from_json(read_json(version.folder / REPORT_FILE), f"report of version {version.number}").matrix)
+    after = judged.report.scores
+    return {
+        f"negative_flips.{task}": negative_flip_rate(before, after[task])
+        for task, before in judged.champion.scores.items()
+        if task in after and before.metric == "accuracy" and not (before.error or after[task].error)
+    }
 
 
-def draw(
-    folder: Path, memory: Memory, matrix: Sequence[Mapping[str, float]], report: Report, champion: Report
-) -> list[Path]:
-    """The heat map of the accuracy matrix and the bars per task, as PNG files."""
-    from evaluation.pictures import bar_chart, heat_map
+def flips_of(house: House, settings: LineConfig, judged: Judged) -> list[Flip]:
+    """A few answers that turned wrong, with their examples: what users would meet first."""
+    from evaluation.suites import read_examples
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks = list(memory.tasks)
-    rows = [f"{number}: + {expert.task}" for number, expert in enumerate(memory.experts, 1)]
-    nan = float("nan")
-    values = [[row.get(task, nan) for task in tasks] for row in matrix]
-    heat_map(rows, tasks, values, folder / "accuracy_matrix.png")
-    series = {"champion": champion, "candidate": report}
-    bars = {name: [_value(each, task) for task in tasks] for name, each in series.items()}
-    bar_chart(tasks, bars, folder / "tasks.png")
-    return [folder / "accuracy_matrix.png", folder / "tasks.png"]
+    memory, found = judged.candidate.memory, list[Flip]()
+    tasks = known_tasks(house, settings, memory, judged.candidate.folder)
+    for task, before in judged.champion.scores.items():
+        suite, after = tasks[task].suite, judged.report.scores[task]
+        if not suite.labels or not before.correct or not after.correct:
+            continue
+        turned = [
+            row for row, pair in enumerate(zip(before.correct, after.correct, strict=True)) if pair == (True, False)
+        ]
+        inputs, labels = read_examples(suite)[:2] if turned else ((), ())
+        for row in turned[:FLIPS]:
+            example = inputs[row] if isinstance(inputs[row], str) else f"example {row}"
+            answers = (labels[row], before.predictions[row], after.predictions[row])
+            found.append(Flip(task, str(example), *(suite.labels[each] for each in answers)))
+    return found
+
+
+def lineage_of(line: str, parent: Version, judged: Judged) -> dict[str, str]:
+    """What people ask first of a version."""
+    memory = judged.candidate.memory
+    last = memory.experts[-1]
+    parameters = ", ".join(f"{key} = {value}" for key, value in memory.parameters.items())
+    return {
+        "line": line,
+        "parent": f"v{parent.number}",
+        "expert": f"{last.model} v{last.version}",
+        "task": last.task,
+        "experts": str(len(memory.experts)),
+        "method": f"{memory.method} ({parameters})" if parameters else memory.method,
+        **({"weight": f"{last.weight:g}"} if last.weight != 1 else {}),
+        **({"search": judged.found} if judged.found else {}),
+        "weights": memory.weights_sha256,
+        "expert's weights": last.weights_sha256,
+        "base": memory.base_sha256,
+        "parent's manifest": parent.manifest_sha256,
+    }
 
 
 def metrics_of(record: "Record") -> dict[str, float]:
-    """What MLflow shows as metrics: the accuracy of every task, and the sequence's summary."""
+    """What MLflow shows as metrics: every task's, the sequence's summary, and what the gate took."""
+    scores = record.report.scores.items()
     return {
-        **{f"accuracy.{task}": score.value for task, score in record.report.scores.items()},
+        **{f"{score.metric}.{task}": score.value for task, score in scores if score.split == "gate"},
         **dict(record.summary),
+        **{f"seconds.{name}": value for name, value in record.seconds.items()},
     }
 
 
 def show(
-    house: House,
-    line: str,
-    settings: LineConfig,
-    run_id: str,
-    expert: Expert,
-    folder: Path,
-    record: "Record",
-    inputs: Sequence[str],
+    house: House, line: str, run_id: str, expert: Expert, candidate: Candidate, record: "Record", inputs: Sequence[str]
 ) -> None:
     """Put a judged merge on its MLflow run: whether it passed or not, and why."""
-    verdict = record.verdict
+    verdict, folder, memory = record.verdict, candidate.folder, candidate.memory
     assert verdict is not None
-    plots = sorted((folder / PLOTS).glob("*.png"))
+    kept = [(path, path.parent.name) for name in (PLOTS, ANSWERS) for path in sorted((folder / name).glob("*"))]
+    facts = {"line": line, "expert": expert.name, "task": expert.task, "method": memory.method}
     house.mlflow.show(
         run_id,
-        params={
-            "line": line,
-            "expert": expert.name,
-            "task": expert.task,
-            "method": settings.method,
-            **settings.parameters,
-        },
+        params={**facts, "weight": memory.experts[-1].weight, **memory.parameters},
         metrics=metrics_of(record),
-        tags={"foldin.verdict": verdict.outcome, "foldin.reason": verdict.reason, "foldin.expert": expert.name},
-        artifacts=[(folder / REPORT_FILE, ""), (folder / PAGE_FILE, ""), *((path, "plots") for path in plots)],
+        tags={
+            "foldin.verdict": verdict.outcome,
+            "foldin.rung": verdict.rung,
+            "foldin.reason": verdict.reason,
+            "foldin.search": record.lineage.get("search", ""),
+            "foldin.expert": expert.name,
+        },
+        artifacts=[(folder / REPORT_FILE, ""), (folder / PAGE_FILE, ""), *kept],
         inputs=inputs,
+    )
+
+
+def show_try(house: House, run_id: str, tried: Try) -> None:
+    """One try of a search as a child of the merge's MLflow run."""
+    house.mlflow.show_child(
+        run_id,
+        tried.name,
+        params={"method": tried.method, "weight": tried.weight, **tried.parameters},
+        metrics={
+            "tune.old": tried.old,
+            "tune.new": tried.new,
+            "chosen": float(tried.chosen),
+            "front": float(tried.best),
+        },
+        tags={"foldin.passed": str(tried.passed).lower(), "foldin.reason": tried.reason, "foldin.split": "tune"},
     )
 
 
@@ -184,8 +253,3 @@ def register(
         remedy = f"delete the tag foldin.merge_key of {line} v{version}; foldin then registers the merge again"
         raise FoldinError(replace(wrong[0], where=f"{line} v{version}", remedy=remedy))
     return version, sha256_file(stored / MANIFEST)
-
-
-def _value(report: Report, task: str) -> float:
-    score = report.scores.get(task)
-    return score.value if score else float("nan")

@@ -71,7 +71,7 @@ def show(house: House, name: str, number: int | None) -> dict[str, Any]:
 
 def score(house: House, name: str, number: int | None) -> dict[str, Any]:
     """One version measured on every task that the champion knows, now."""
-    from flows.scoring import Subject, known_tasks
+    from flows.scoring import Bench, Subject, known_tasks
     from flows.scoring import score as measure
 
     settings = house.config.line(name)
@@ -81,7 +81,7 @@ def score(house: House, name: str, number: int | None) -> dict[str, Any]:
     base = open_version(house, name, chain(house, name, version.number)[-1])
     tasks = known_tasks(house, settings, knows.memory, knows.folder)
     subject = Subject(version.memory.weights_sha256, version.weights())
-    scores = measure(house, settings, base, subject, tasks, lambda done, total: None)
+    scores = measure(Bench(house, settings, base), subject, tasks)
     return {
         "line": name,
         "version": version.number,

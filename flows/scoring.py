@@ -1,19 +1,21 @@
 """What a model is worth on the tasks its line knows. Measured once: (weights, suite, head) names the answer."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from flows.admission import Admitted, suite_of
+from evaluation.answers import answers_bytes, read_answers
+from flows.admission import suite_of
 from flows.config import LineConfig
 from flows.versions import Folded, Memory, Version, head_of
-from flows.wiring import CODE_FORMAT, House
+from flows.wiring import House
 from registry import intake
-from registry.files import read_json, write_json
-from registry.records import FoldinError, Refusal, Report, TaskScore, plain
+from registry.files import write_atomic
+from registry.records import FoldinError, Refusal, TaskScore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from evaluation.suites import Suite
 
 Progress = Callable[[int, int], None]  # tasks done, tasks in all
+SCORE_FORMAT = 1  # raised when the same model would answer otherwise
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,42 @@ class Subject:
     weights: "Mapping[str, Tensor]"
 
 
+class Rows(NamedTuple):
+    """Which rows of a suite are asked."""
+
+    split: str = "gate"  # gate, tune, or canary: a fixed sample of the gate's
+    sample: int = 0  # how many, of the canary
+
+
+GATE, TUNE = Rows(), Rows("tune")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where models of a line are measured."""
+
+    house: House
+    settings: LineConfig
+    base: Version  # whose architecture, tokenizer and prompts are used for all of them
+
+    def path(self, subject: Subject, task: Task, rows: Rows) -> Path:
+        """The file that keeps the answers of a model on some rows of a task."""
+        suite, base = task.suite, self.base.manifest_sha256
+        models = (base, subject.weights_sha256, task.head_sha256)
+        parts = (SCORE_FORMAT, *models, suite.task, suite.sha256, *rows)
+        return self.house.scores / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.parquet"
+
+
 def known_tasks(house: House, settings: LineConfig, memory: Memory, folder: Path) -> dict[str, Task]:
-    """Every task a version knows, in order of arrival; its suites come from the experts that brought them.
+    """Every task a version is held to: the line's guards, then what it knows, in order of arrival.
 
     Args:
-        house: where the experts are.
+        house: where the experts are, who brought the suites.
         settings: the line's, which may name suites of its own.
         memory: of the version.
         folder: of the version, where the heads are.
     """
-    tasks = {}
+    tasks = {name: _task(_guard(settings, name), folder) for name in settings.guards}
     for name in memory.tasks:
         owner = memory.owner(name)
         assert owner is not None
@@ -61,72 +90,57 @@ def known_tasks(house: House, settings: LineConfig, memory: Memory, folder: Path
 
 
 def score(
-    house: House, settings: LineConfig, base: Version, subject: Subject, tasks: Mapping[str, Task], progress: Progress
+    bench: Bench,
+    subject: Subject,
+    tasks: Mapping[str, Task],
+    rows: Rows = GATE,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, TaskScore]:
     """One model on some tasks; what was measured before is read, not measured again.
 
     A task that cannot be measured gets a score of NaN with the reason, which no gate lets pass.
     """
-    paths = {name: house.scores / f"{_key(base, subject, task)}.json" for name, task in tasks.items()}
+    paths = {name: bench.path(subject, task, rows) for name, task in tasks.items()}
     missing = {name: task for name, task in tasks.items() if not paths[name].exists()}
-    measured = _measure(settings, base, subject, missing, progress) if missing else {}
+    measured = _measure(bench, subject, missing, progress, rows) if missing else {}
     for name, found in measured.items():
         if not found.error:
-            write_json(paths[name], plain(found))
-    return {name: measured[name] if name in measured else score_from(read_json(paths[name])) for name in tasks}
-
-
-def report_on(
-    house: House,
-    settings: LineConfig,
-    base: Version,
-    expert: Admitted,
-    candidate: Subject,
-    tasks: Mapping[str, Task],
-    progress: Progress,
-) -> Report:
-    """The candidate on every task, with the expert and the base on the new one beside it."""
-    new = {expert.task: tasks[expert.task]}
-    alone = Subject(expert.weights_sha256, expert.whole)
-    first = Subject(base.memory.weights_sha256, base.weights())
-    return Report(
-        weights_sha256=candidate.weights_sha256,
-        scores=score(house, settings, base, candidate, tasks, progress),
-        new_task=expert.task,
-        expert=score(house, settings, base, alone, new, progress)[expert.task],
-        base=score(house, settings, base, first, new, progress)[expert.task],
-    )
-
-
-def score_from(table: Mapping[str, object]) -> TaskScore:
-    """A score as `plain` wrote it."""
-    values = dict(table)
-    values["predictions"] = tuple(values["predictions"])  # type: ignore[arg-type]
-    values["correct"] = tuple(values["correct"])  # type: ignore[arg-type]
-    return TaskScore(**values)  # type: ignore[arg-type]
+            write_atomic(paths[name], answers_bytes(found))
+    return {name: measured[name] if name in measured else read_answers(paths[name]) for name in tasks}
 
 
 def _measure(
-    settings: LineConfig, base: Version, subject: Subject, tasks: Mapping[str, Task], progress: Progress
+    bench: Bench, subject: Subject, tasks: Mapping[str, Task], progress: Progress, rows: Rows
 ) -> dict[str, TaskScore]:
     from evaluation.score import score_all
 
+    settings, folder = bench.settings, bench.base.folder
     suites = {name: task.suite for name, task in tasks.items()}
     frozen = {
-        name: _anchors(base.folder, suite, settings.device)
+        name: _anchors(folder, suite, settings.device)
         for name, suite in suites.items()
         if suite.kind == "zero-shot-text"
     }
     heads = {name: task.head for name, task in tasks.items() if task.head is not None}
     return score_all(
-        base.folder,
+        folder,
         subject.weights,
         suites,
         anchors=frozen,
         heads=heads,
         device=settings.device,
         progress=progress,
+        seconds=settings.evaluation_seconds,
+        split=rows.split,
+        sample=rows.sample,
     )
+
+
+def _guard(settings: LineConfig, name: str) -> "Suite":
+    """A suite that the line is always held to."""
+    from evaluation.suites import load_suite
+
+    return load_suite(Path(settings.guards[name]), task=name, where=f"guard {name}", trusted=True)
 
 
 @lru_cache(maxsize=256)
@@ -158,18 +172,6 @@ def _check_suite(suite: "Suite", recorded: str) -> None:
                 remedy="restore it, or name the suite that shall measure the task in the line's [suites]",
             )
         )
-
-
-def _key(base: Version, subject: Subject, task: Task) -> str:
-    parts = (
-        str(CODE_FORMAT),
-        task.suite.task,
-        base.manifest_sha256,
-        subject.weights_sha256,
-        task.suite.sha256,
-        task.head_sha256,
-    )
-    return hashlib.sha256(":".join(parts).encode()).hexdigest()
 
 
 def _copy_of(house: House, owner: Folded) -> Path:

@@ -23,6 +23,8 @@ def judged(line: str, expert: Expert, record: "Record", folder: Path) -> None:
     ]
     create_table_artifact(rows, key="verdict", description=f"{clean(line)}: {clean(expert.name)}: {verdict.outcome}")
     picture = folder / "foldin/plots/accuracy_matrix.png"
+    if not picture.exists():  # rejected before everything was measured
+        return
     data = base64.b64encode(picture.read_bytes()).decode()
     create_image_artifact(f"data:image/png;base64,{data}", key="accuracy-matrix", description=f"{clean(line)}")
 

@@ -101,8 +101,16 @@ def check_settings(settings: LineConfig, line: str) -> None:
         raise _unusable(f"[lines.{line}] method", what or remedy, remedy=remedy.rstrip("?") if what else "") from error
     try:
         rules_from(settings.gate, f"[lines.{line}.gate]")
-        for task, folder in settings.suites.items():
-            load_suite(Path(folder), task=task, where=f"suite of task {task} in [lines.{line}.suites]")
+        for table, folders in (("suites", settings.suites), ("guards", settings.guards)):
+            for task, folder in folders.items():
+                suite = load_suite(
+                    Path(folder), task=task, where=f"suite of task {task} in [lines.{line}.{table}]", trusted=True
+                )
+                if table == "guards" and suite.kind.endswith("-classification"):
+                    what, expected = "a guard needs a head, which no expert brings", "a suite of another kind"
+                    raise _unusable(f"[lines.{line}.guards] {task}", what, expected, suite.kind)
+        for method in settings.search.methods:
+            _check_fallback(settings.method, method, f"[lines.{line}.search]")
     except FoldinError as error:
         raise FoldinError(replace(error.refusal, remedy=error.refusal.remedy or CORRECT)) from error
     _check_schedule(settings, where)
@@ -111,6 +119,15 @@ def check_settings(settings: LineConfig, line: str) -> None:
 
 
 CORRECT = "correct it in foldin.toml"
+
+
+def _check_fallback(own: str, method: str, where: str) -> None:
+    from merging import METHODS, build
+
+    sums = [name for name in METHODS if name != own and build(name, {}).additive]
+    if method not in sums or not build(own, {}).additive:
+        expected = f"one of {', '.join(sums)}" if build(own, {}).additive else f"none beside {own}"
+        raise _unusable(where, "a method cannot go on from the line's state", expected, method)
 
 
 def _check_workers(workers: str, where: str) -> None:

@@ -28,7 +28,8 @@ class Folded(NamedTuple):
     task: str
     weights_sha256: str  # content digest of its weights
     tree_sha256: str  # digest of its files, their name in the content store
-    delta_norm: float  # Frobenius norm of expert - base over the whole model
+    delta_norm: float  # Frobenius norm of what was folded, weight * (expert - base), over the whole model
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Memory:
     """foldin/state.json: what a version remembers besides the slots, enough to fold the next expert or to replay."""
 
     method: str
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, Any]  # as used, with what a search chose
     base_sha256: str
     weights_sha256: str  # content digest of the serving weights
     stats: tuple[float, float, float] = (0.0, 0.0, 0.0)  # count, norm_sum, total_norm
@@ -45,6 +46,7 @@ class Memory:
     suites: Mapping[str, str] = field(default_factory=dict)  # task -> digest of the suite it is measured by
     profile: Mapping[str, str] = field(default_factory=dict)  # the numerics profile: same profile, same bytes
     stored: Mapping[str, str] = field(default_factory=dict)  # tensor -> the experts' coarsest dtype, if not the base's
+    factor: float = 1.0  # of the configured strength, chosen by a search; the next fold goes on with it
     cast_loss: float = 0.0  # norm of what the casts to the base's dtypes took away, over the norm of what was added
 
     @classmethod

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from registry.ledger import Ledger
     from registry.mlflow_store import MlflowStore
 
-CODE_FORMAT = 4  # part of every merge key; raised when the same inputs would give other bytes
+CODE_FORMAT = 5  # part of every merge key; raised when the same inputs would give other bytes
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,9 @@ def _started(pid: int) -> str:
     return "" if state == "Z" else rest[18]
 
 
-def merge_key(line: str, parent: str, expert: str, task: str, suite: str, settings: LineConfig) -> str:
+def merge_key(
+    line: str, parent: str, expert: str, task: str, suite: str, settings: LineConfig, weight: float = 1.0
+) -> str:
     """The name of one merge: what goes in decides it, so a repeated run finds what an earlier one left.
 
     Args:
@@ -166,6 +168,7 @@ def merge_key(line: str, parent: str, expert: str, task: str, suite: str, settin
         task: the expert's task.
         suite: identity of the suite that measures it.
         settings: the line's settings; those that change weights or verdict are part of the key.
+        weight: what the expert's change is multiplied by.
     """
     facts: dict[str, Any] = {
         "format": CODE_FORMAT,
@@ -179,5 +182,8 @@ def merge_key(line: str, parent: str, expert: str, task: str, suite: str, settin
         "plain": list(settings.plain),
         "project": list(settings.project),
         "gate": dict(settings.gate),
+        "guards": sorted(settings.guards),
+        "search": asdict(settings.search),
+        **({"weight": weight} if weight != 1 else {}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -23,6 +23,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "magmax": magmax,
 }
 
+# The parameter by which a method's total is read more or less strongly; it changes no state. Methods that are not here
+# have none.
+STRENGTH = {"opcm": "strength", "task_arithmetic": "scale", "magmax": "scale"}
+
 
 def build(name: str, parameters: Mapping[str, object]) -> Method:
     """The method called `name`, with `parameters` over its defaults.

@@ -61,6 +61,7 @@ def fold_tensor(
     state: State | None,  # None: no expert has moved this tensor yet
     expert: Tensor,  # shape of base, any float dtype
     role: Role,
+    weight: float = 1.0,  # what expert - base is multiplied by before anything else, > 0
 ) -> tuple[State, Measure]:
     """The state after this expert, float32, and what the fold did. No argument is changed.
 
@@ -68,10 +69,10 @@ def fold_tensor(
         MergeError: the tensors cannot be subtracted, or the result is not finite.
     """
     if not role.projected:
-        pieces, (found,) = drained(fold_pieces(method, base, state, [expert]))
+        pieces, (found,) = drained(fold_pieces(method, base, state, [expert], [weight]))
         return {name: whole([piece[name] for piece in pieces], base) for name in pieces[0]}, found
     _check_pair(expert, base)
-    delta = _subtract(expert, base)
+    delta = _subtract(expert, base).mul_(weight)
     after = method.fold(method.init(base) if state is None else state, delta, role)
     found = measure(state, delta, after)
     check_norms(found)
@@ -83,6 +84,7 @@ def fold_pieces(
     base: Tensor,  # any shape, float
     state: State | None,  # None: no expert has moved this tensor yet
     experts: Sequence[Tensor],  # in the order of folding, each of the shape of base and any float dtype
+    weights: Sequence[float] = (),  # what each expert - base is multiplied by, > 0; () for 1
 ) -> Generator[State, None, list[Measure]]:
     """The state of a tensor that is not projected after all experts, piece by piece; returns what each fold did.
 
@@ -105,6 +107,8 @@ def fold_pieces(
         found = None if earlier is None else {name: slot[part] for name, slot in earlier.items()}
         for number, new in enumerate(news):
             delta = theirs.copy_(new[part]).sub_(ours).float()
+            if weights and weights[number] != 1:  # a pass over the piece, which most experts need not pay
+                delta.mul_(weights[number])
             before = method.init(delta) if found is None else found
             after = method.fold(before, delta, Role())
             sums[number] += inner(room, delta, after["total"], None if found is None else found["total"])
@@ -128,15 +132,18 @@ def check_norms(found: Measure) -> None:
         raise MergeError(f"the fold is not finite: {norms}; look for NaN or infinity in the expert and the base")
 
 
-def advance(stats: Stats, measures: Iterable[Measure]) -> Stats:
+def advance(stats: Stats, measures: Iterable[Measure], weight: float = 1.0) -> Stats:
     """The statistics after one more expert, from the measures of all folded tensors, in any order.
+
+    An expert of weight w counts as w experts; its norm is that of what was folded, so a common factor on all weights
+    changes nothing that is read.
 
     Tensors that the expert did not move count too, since total_norm covers the whole model. The sums are exactly
     rounded, so they depend on neither the order of the tensors nor on how the work was cut into parts.
     """
     found = list(measures)
     return Stats(
-        count=stats.count + 1,
+        count=stats.count + weight,
         norm_sum=stats.norm_sum + quadrature(one.delta_norm for one in found),
         total_norm=quadrature(one.total_norm for one in found),
     )

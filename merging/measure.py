@@ -128,6 +128,17 @@ def summarise(measures: Mapping[str, Measure]) -> dict[str, dict[str, float]]:  
     return {layer: _join(members)._asdict() for layer, members in layers.items()}
 
 
+def shares(measures: Mapping[str, Measure]) -> tuple[float, float]:
+    """Over the whole model: the share of the change's norm that lies along the total, of its square that was removed.
+
+    Along the total means tensor by tensor: 1 where each tensor's change is a multiple of its total. Both in [0, 1].
+    """
+    whole = math.fsum(each.delta_norm**2 for each in measures.values())
+    along = math.fsum((each.cosine * each.delta_norm) ** 2 for each in measures.values())
+    removed = math.fsum(each.removed * each.delta_norm**2 for each in measures.values())
+    return math.sqrt(_ratio(along, whole)), _ratio(removed, whole)
+
+
 def quadrature(norms: Iterable[float]) -> float:
     """The norm of a vector whose parts have these norms: sqrt of the exactly rounded sum of squares."""
     return math.sqrt(math.fsum(norm * norm for norm in norms))

@@ -1,6 +1,7 @@
 """What people and clients see: everything foldin reads from MLflow or shows there. The only file that imports it."""
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from registry.records import ExpertVersion, FoldinError, Refusal
 
 CHAMPION = "champion"
 MERGE_KEY = "foldin.merge_key"
+PARENT = "mlflow.parentRunId"
 TAG_LIMIT = 400  # characters; documents go into artifacts, short facts into tags
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -169,6 +171,24 @@ class MlflowStore:
             if models:
                 self._client.log_inputs(run_id, models=models)
             self._client.set_terminated(run_id, "FINISHED")
+
+    def show_child(
+        self,
+        parent: str,  # id of a run
+        name: str,
+        *,
+        params: Mapping[str, object],
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+    ) -> None:
+        """Put facts on a child of a run, found by its name or created, and end it."""
+        with self._reached():
+            experiment = self._client.get_run(parent).info.experiment_id
+            query = f"tags.`{PARENT}` = '{parent}' and attributes.run_name = '{_quoted(name)}'"
+            found = self._client.search_runs([experiment], query, max_results=1)
+            run = found[0] if found else self._client.create_run(experiment, run_name=name, tags={PARENT: parent})
+        measured = {key: value for key, value in metrics.items() if not math.isnan(value)}
+        self.show(run.info.run_id, params=params, metrics=measured, tags=tags, artifacts=[])
 
     def publish(
         self,

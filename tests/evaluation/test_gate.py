@@ -6,10 +6,12 @@ import sys
 from dataclasses import fields, replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.gate import Rules, gate, rules_from
+from evaluation.gate import Fold, Rules, canary, free, gate, rules_from, together
+from evaluation.rules import RANGES
+from experiments.power import rejections
 from registry.records import FoldinError, Outcome, Report, TaskScore
 
 COUNT = 300
@@ -37,6 +39,18 @@ def flipped(before, losses, wins):
     return score(before.task, correct, before.suite_sha256)
 
 
+def text(task, points, tokens=None):
+    """A perplexity: mean log-likelihoods a token, and how many tokens each example has."""
+    tokens = tuple(map(float, tokens or [10] * len(points)))
+    value = math.exp(-sum(w * p for w, p in zip(tokens, points, strict=True)) / sum(tokens))
+    return TaskScore(task, f"suite-{task}", "perplexity", value, points=tuple(points), weights=tokens)
+
+
+def graded(task, points):
+    points = tuple(points)
+    return TaskScore(task, f"suite-{task}", "score", sum(points) / len(points), points=points)
+
+
 BASE = share("new", 90)
 CHAMPION = Report("c" * 64, {"old": share("old", 210), "new": BASE})
 EXPERT = share("new", 240)
@@ -51,12 +65,24 @@ def failed(verdict):
     return {check.rule for check in verdict.checks if not check.passed}
 
 
-def test_a_good_candidate_passes_every_rule():
+def test_a_good_candidate_passes_every_rule_of_the_full_rung():
     verdict = gate(candidate(), CHAMPION, Rules())
     assert verdict.outcome is Outcome.PASSED
     assert verdict.reason == ""
-    asked = {check.rule for check in verdict.checks}
-    assert asked == {field.name for field in fields(Rules)} - {"significance", "expert_significance"}
+    assert [check.rule for check in verdict.checks] == [
+        *("max_task_drop", "max_negative_flips", "max_mean_drop"),
+        *("min_gain", "min_expert_gain", "min_retention"),
+    ]
+    for check in verdict.checks[:-1]:
+        low, high = check.interval
+        assert low < check.value < high
+
+
+def test_identical_answers_pass_the_strictest_rules():
+    strictest = Rules(max_task_drop=0.0, max_mean_drop=0.0, max_negative_flips=0.0, significance=1.0)
+    scores = {name: share(name, 210) for name in ("a", "b")}
+    texts = {"c": text("c", [-1.0, -2.0, -0.5])}
+    assert gate(Report("d", {**scores, **texts}), Report("c", {**scores, **texts}), strictest).passed
 
 
 def test_a_drop_is_refused_with_its_numbers():
@@ -69,7 +95,23 @@ def test_a_drop_is_refused_with_its_numbers():
     )
     assert failed(verdict) == {"max_task_drop", "max_mean_drop"}
     # 356/500 and 325/500; P(Binomial(49, 1/2) >= 40) is about 5e-6.
-    assert "city: 0.712 -> 0.650, down 6.2 points; at most 5.0 allowed (p < 0.001)" in verdict.reason
+    told = "city: 0.712 -> 0.650, down 6.2 points; at most 2.0 allowed (p < 0.001, significant below 0.025)"
+    assert told in verdict.reason
+
+
+def test_each_of_several_tasks_is_tested_at_its_share_of_the_significance():
+    before = score("city", [True] * 400 + [False] * 100)
+    after = flipped(before, 26, 10)  # down 3.2 points; P(Binomial(36, 1/2) >= 26) = 0.0057
+    others = {f"task{number}": share(f"task{number}", 210) for number in range(9)}
+
+    def judged(tasks):
+        rest = dict(list(others.items())[: tasks - 1])
+        return gate(Report("d", {**rest, "city": after}), Report("c", {**rest, "city": before}), Rules())
+
+    assert "max_task_drop" in failed(judged(7))  # 0.05 / (7 + 1) = 0.00625
+    assert judged(8).passed  # 0.05 / (8 + 1) = 0.00556
+    (check,) = [check for check in judged(8).checks if check.task == "city" and check.rule == "max_task_drop"]
+    assert "(p = 0.006, significant below 0.0056)" in check.text
 
 
 def test_a_large_drop_that_chance_explains_passes():
@@ -80,20 +122,27 @@ def test_a_large_drop_that_chance_explains_passes():
     assert verdict.passed
 
 
+def test_too_few_examples_to_tell_anything_are_no_excuse():
+    few = score("old", [True] * 4)  # 4 of 4 lost has p = 1/16
+    verdict = gate(candidate(old=flipped(few, 4, 0)), replace(CHAMPION, scores={"old": few, "new": BASE}), Rules())
+    assert "max_task_drop" in failed(verdict)
+
+
 def test_flips_are_refused_even_when_the_mean_hardly_moves():
     old = CHAMPION.scores["old"]
-    verdict = gate(candidate(old=flipped(old, 50, 36)), CHAMPION, Rules(significance=0.1))
-    assert failed(verdict) == {"max_negative_flips", "max_mean_drop"}
+    rules = Rules(significance=0.2, max_task_drop=0.05, max_mean_drop=0.05)
+    verdict = gate(candidate(old=flipped(old, 50, 36)), CHAMPION, rules)
+    assert failed(verdict) == {"max_negative_flips"}
     assert "old: 50 of 300 answers turned wrong (16.7%) and 36 right; at most 10.0% wrong allowed" in verdict.reason
 
 
 def test_many_small_losses_fail_together():
-    names = [f"task{number}" for number in range(4)]
+    names = [f"task{number}" for number in range(8)]
     before = {name: share(name, 210) for name in names}
-    after = {name: flipped(score, 14, 2) for name, score in before.items()}
+    after = {name: flipped(score, 7, 1) for name, score in before.items()}  # p = 9/256 each, above 0.05 / 9
     verdict = gate(Report("d", after), Report("c", before), Rules())
     assert failed(verdict) == {"max_mean_drop"}
-    assert "mean of 4 known tasks: down 4.0 points; at most 3.0 allowed (p < 0.001)" in verdict.reason
+    assert "mean of 8 known tasks: down 2.0 points; at most 1.0 allowed (p < 0.001" in verdict.reason
 
 
 def test_a_drop_of_exactly_the_limit_is_allowed():
@@ -101,15 +150,50 @@ def test_a_drop_of_exactly_the_limit_is_allowed():
     verdict = gate(
         candidate(old=flipped(before, 5, 0)),
         replace(CHAMPION, scores={"old": before, "new": BASE}),
-        Rules(max_mean_drop=0.05),  # 0.75 - 0.70 > 0.05 in binary
+        Rules(max_task_drop=0.05, max_mean_drop=0.05, significance=0.2),  # 0.75 - 0.70 > 0.05 in binary
     )
     assert verdict.passed
+
+
+def test_a_safety_task_may_not_get_worse_at_all():
+    old = replace(CHAMPION.scores["old"], safety=True)
+    champion = replace(CHAMPION, scores={"old": old, "new": BASE})
+    assert gate(candidate(old=old), champion, Rules()).passed
+    worse = replace(flipped(old, 1, 0), safety=True)
+    verdict = gate(candidate(old=worse), champion, Rules())
+    (check,) = [check for check in verdict.checks if not check.passed]
+    assert (check.rule, check.hard) == ("max_safety_drop", True)
+    assert "old (safety): 0.700 -> 0.697, down 0.3 points; at most 0.0 allowed, whatever chance explains" in check.text
+    assert failed(gate(candidate(old=flipped(old, 1, 0)), champion, Rules())) == {"max_safety_drop"}  # unmarked there
+
+
+def test_a_perplexity_is_held_to_its_own_limit():
+    before = text("old", [-2.0, -1.0, -1.5, -2.5] * 25)
+    worse = text("old", [point - 0.08 - 0.01 * (place % 3) for place, point in enumerate(before.points)])
+    champion = replace(CHAMPION, scores={"old": before, "new": BASE})
+    verdict = gate(candidate(old=worse), champion, Rules())
+    (check,) = [check for check in verdict.checks if not check.passed]
+    assert check.rule == "max_perplexity_rise"
+    # mean of 0.08, 0.09, 0.10 over 100 examples: exp(0.0899) - 1
+    assert check.value == pytest.approx(math.expm1(sum(0.08 + 0.01 * (n % 3) for n in range(100)) / 100))
+    assert "old: perplexity 5.75 -> 6.30, up 9.4%; at most 5.0% allowed (p < 0.001" in check.text
+    assert "max_mean_drop" not in {each.rule for each in verdict.checks}
+    assert gate(candidate(old=worse), champion, Rules(max_perplexity_rise=0.1)).passed
+
+
+def test_a_new_task_may_be_text():
+    base, expert, folded = (text("new", [-level - 0.01 * (n % 5) for n in range(60)]) for level in (2.0, 1.5, 1.7))
+    report = Report("d", {"new": folded}, "new", expert, base)
+    verdict = gate(report, Report("c", {"new": base}), Rules())
+    assert verdict.passed
+    assert [round(check.value, 6) for check in verdict.checks] == [0.3, 0.5, 0.6]
+    assert "keeps 0.300 of the expert's 0.500 nats a token over the base (60%)" in verdict.checks[2].text
 
 
 def test_a_candidate_that_lost_the_new_task_is_refused():
     verdict = gate(candidate(new=share("new", 89)), CHAMPION, Rules())
     assert failed(verdict) == {"min_gain", "min_retention"}
-    assert "new: 0.300 -> 0.297, down 0.3 points against the champion; at least 0.0 up wanted" in verdict.reason
+    assert "new: 0.300 -> 0.297, down 0.3 points against the champion; at least 0.0 points up wanted" in verdict.reason
 
 
 def test_an_expert_trained_on_shuffled_labels_is_refused():
@@ -156,7 +240,7 @@ SPOILT = {
     "above one": lambda score: replace(score, value=1.5),
     "below zero": lambda score: replace(score, value=-0.1),
     "infinite": lambda score: replace(score, value=math.inf),
-    "failed": lambda score: replace(score, error="timeout after 60 s"),
+    "timed out": lambda score: replace(score, error="timed out after 60 s"),
     "another suite": lambda score: replace(score, suite_sha256="other"),
     "no suite": lambda score: replace(score, suite_sha256=""),
     "another task": lambda score: replace(score, task="other"),
@@ -164,6 +248,7 @@ SPOILT = {
     "no answers": lambda score: replace(score, predictions=(), correct=()),
     "fewer answers": lambda score: replace(score, predictions=score.predictions[:-30], correct=score.correct[:-30]),
     "contradiction": lambda score: replace(score, value=min(1.0, score.value + 0.1)),
+    "other rows": lambda score: replace(score, split="tune"),
     "missing": lambda score: None,
 }
 PLACES = ("candidate old", "candidate new", "champion old", "champion new", "expert", "base")
@@ -181,7 +266,20 @@ def spoil(place, damage):
     return (spoilt, champion) if who == "candidate" else (good, spoilt)
 
 
-LOOSEST = Rules(1.0, 1.0, 1.0, -1.0, -1.0, 0.0, 0.0, 1.0)
+LOOSEST = Rules(
+    **{name: high for name, (_, high) in RANGES.items() if name.startswith("max")},
+    **{name: low for name, (low, _) in RANGES.items() if name.startswith("min")},
+    **dict.fromkeys(
+        ("max_overlap", "max_removed", "max_canary_drop", "max_task_drop", "max_mean_drop", "max_negative_flips"), 1.0
+    ),
+    max_safety_drop=1.0,
+    significance=0.0,
+    expert_significance=1.0,
+)
+RULES = st.builds(
+    Rules,
+    **{field.name: st.floats(*RANGES.get(field.name, (0.0, 1.0))) for field in fields(Rules)},
+)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -196,7 +294,7 @@ def test_nothing_uncertain_passes_even_the_loosest_rules(place, damage):
 @given(
     place=st.sampled_from(PLACES),
     damage=st.sampled_from(list(SPOILT.values())),
-    rules=st.builds(Rules, *[st.floats(0, 1)] * 3, *[st.floats(-1, 1)] * 2, *[st.floats(0, 1)] * 3),
+    rules=RULES,
 )
 def test_nothing_uncertain_passes_whatever_the_rules(place, damage, rules):
     assert gate(*spoil(place, damage), rules).outcome is Outcome.REJECTED
@@ -210,14 +308,15 @@ marks = st.lists(st.booleans(), min_size=12, max_size=12)
     new=st.tuples(marks, marks, marks),
     better=st.tuples(marks, marks),
     level=st.floats(0, 1),
+    safety=st.booleans(),
 )
-def test_more_right_answers_never_turn_a_pass_into_a_rejection(old, new, better, level):
+def test_more_right_answers_never_turn_a_pass_into_a_rejection(old, new, better, level, safety):
     rules = Rules(significance=level, expert_significance=1.0, min_expert_gain=-1.0)
     base = score("new", new[0])
-    champion = Report("c", {"old": score("old", old[0]), "new": score("new", new[0])})
 
     def judged(old_answers, new_answers):
-        scores = {"old": score("old", old_answers), "new": score("new", new_answers)}
+        scores = {"old": replace(score("old", old_answers), safety=safety), "new": score("new", new_answers)}
+        champion = Report("c", {"old": replace(score("old", old[0]), safety=safety), "new": base})
         return gate(Report("d", scores, "new", score("new", new[2]), base), champion, rules)
 
     improved = [
@@ -226,6 +325,89 @@ def test_more_right_answers_never_turn_a_pass_into_a_rejection(old, new, better,
     ]
     if judged(old[1], new[1]).passed:
         assert judged(*improved).passed
+
+
+points = st.lists(st.floats(0, 1), min_size=8, max_size=8)
+
+
+@settings(max_examples=60)
+@given(before=points, after=points, better=points, level=st.floats(0, 1), make=st.sampled_from([graded, text]))
+def test_better_points_never_turn_a_pass_into_a_rejection(before, after, better, level, make):
+    def judged(answers):
+        if make is text:  # from (-1, 0) to a log-likelihood, with tokens of several numbers
+            made = [text("old", [each - 1.0 for each in row], range(1, 9)) for row in (before, answers)]
+        else:
+            made = [graded("old", row) for row in (before, answers)]
+        return gate(Report("d", {"old": made[1]}), Report("c", {"old": made[0]}), Rules(significance=level))
+
+    if judged(after).passed:
+        assert judged([max(pair) for pair in zip(after, better, strict=True)]).passed
+
+
+def on_canary(report):
+    return replace(report, scores={task: replace(score, split="canary") for task, score in report.scores.items()})
+
+
+def test_the_canary_refuses_what_fell_far_and_asks_what_the_expert_learnt():
+    champion, good = on_canary(CHAMPION), on_canary(candidate())
+    assert canary(good, champion, Rules()).passed
+    asked = [(check.rule, check.task, check.rung) for check in canary(good, champion, Rules()).checks]
+    assert asked == [("min_expert_gain", "new", "canary"), ("max_canary_drop", "old", "canary")]
+    ruined = on_canary(candidate(old=share("old", 60)))
+    assert failed(canary(ruined, champion, Rules())) == {"max_canary_drop"}
+    unlearnt = on_canary(candidate(expert=flipped(BASE, 42, 44)))
+    assert failed(canary(unlearnt, champion, Rules())) == {"min_expert_gain"}
+
+
+@pytest.mark.parametrize("damage", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("place", ["candidate old", "champion old", "expert", "base"])
+def test_nothing_uncertain_passes_the_canary(place, damage):
+    good, champion = (on_canary(report) for report in spoil(place, lambda score: score))
+    assert canary(good, champion, LOOSEST).passed
+    spoilt = spoil(place, damage)
+    if damage is not SPOILT["other rows"]:
+        spoilt = tuple(on_canary(report) for report in spoilt)
+    assert not canary(*spoilt, LOOSEST).passed
+
+
+def test_full_scores_do_not_stand_for_the_canary_nor_its_for_them():
+    assert not canary(candidate(), CHAMPION, LOOSEST).passed
+    assert not gate(on_canary(candidate()), on_canary(CHAMPION), LOOSEST).passed
+
+
+FOLD = Fold(norm=2.0, earlier=(1.0, 2.0, 9.0), overlap=0.1, removed=0.2)
+
+
+def test_the_free_rung_refuses_what_the_fold_itself_tells():
+    assert free(FOLD, Rules()).passed
+    assert free(Fold(2.0, (), 0.0, 0.0), Rules()).passed  # the first expert
+    assert failed(free(FOLD._replace(norm=10.1), Rules())) == {"max_norm_ratio"}
+    assert failed(free(FOLD._replace(overlap=0.99), Rules())) == {"max_overlap"}
+    assert failed(free(FOLD._replace(removed=0.99), Rules())) == {"max_removed"}
+    assert (
+        "norm 10.1, 5.05 times the median of the 3 before; at most 5" in free(FOLD._replace(norm=10.1), Rules()).reason
+    )
+
+
+@pytest.mark.parametrize("field", ["norm", "overlap", "removed"])
+def test_what_the_fold_does_not_tell_does_not_pass(field):
+    verdict = free(FOLD._replace(**{field: math.nan}), LOOSEST)
+    assert not verdict.passed
+    assert any(check.hard and not check.passed for check in verdict.checks)
+
+
+def test_the_rungs_together_are_the_last_ones_outcome_with_all_reasons():
+    first, second = free(FOLD, Rules()), gate(candidate(), CHAMPION, Rules(min_gain=1.0))
+    both = together(first, second)
+    assert (both.outcome, both.rung) == (Outcome.REJECTED, "full")
+    assert both.checks == (*first.checks, *second.checks)
+
+
+@pytest.mark.parametrize("churn", [0.0, 0.005, 0.01])
+def test_a_loss_of_five_points_is_seen_and_none_is_seen_where_there_is_none(churn):
+    # docs/gate.md has the table with more churn, where no test of this size can do both.
+    assert rejections(100, churn, 0.05) >= 95
+    assert rejections(100, churn, 0.0) <= 5
 
 
 def test_the_texts_hold_no_control_characters():
@@ -245,7 +427,7 @@ def test_rules_come_from_a_table():
     ("table", "message"),
     [
         ({"max_taks_drop": 0.1}, "the key 'max_taks_drop' is unknown. Did you mean 'max_task_drop'."),
-        ({"zzz": 1}, "Use one of: expert_significance"),
+        ({"zzz": 1}, "Use one of: canary_examples, expert_significance"),
         (
             {"max_task_drop": 5.0},
             r"max_task_drop is not a number in range. Expected a number from 0 to 1 (0.05 is five",

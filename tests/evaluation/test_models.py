@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from evaluation.architecture import linear_weights
-from evaluation.models import base_prefix, build, check_config, tokenizer_of
+from evaluation.models import base_prefix, build, check_config
+from evaluation.tokens import tokenizer_of
 from registry.records import FoldinError
 
 BERT = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -6,6 +6,7 @@ import pytest
 
 from flows import parts
 from flows.folding import fold
+from flows.recipe import recipe_of
 from flows.versions import STATE_FOLDER
 from registry.files import hash_tree
 
@@ -15,10 +16,10 @@ def candidate(zoo, bare_line, monkeypatch):
     """A function that folds one expert into a folder; what it wrote."""
     monkeypatch.setattr(parts, "PART_BYTES", 16 * 1024)
 
-    def of(scratch, expert="expert-1", method="opcm"):
+    def of(scratch, expert="expert-1", method="opcm", weight=1.0, factor=1.0):
         line = bare_line(zoo / "base", method=method)
-        experts = [line.admitted(zoo / expert)]
-        done = fold(scratch, line.settings, line.version, line.version, experts, lambda done, total: None)
+        experts, recipe = [line.admitted(zoo / expert)], recipe_of(line.settings, factor)._replace(weight=weight)
+        done = fold(scratch, line.settings, recipe, line.version, line.version, experts, lambda done, total: None)
         return hash_tree(done.folder)
 
     return of
@@ -58,3 +59,20 @@ def test_a_finished_fold_is_not_made_again_unless_a_byte_of_it_has_changed(candi
     assert weights.stat().st_mtime_ns == before
     shutil.copyfile(folder / "config.json", weights)
     assert candidate(tmp_path / "one") == wanted
+
+
+def test_another_strength_keeps_the_state_and_another_weight_does_not(candidate, tmp_path):
+    def state(files):
+        return {name: digest for name, digest in files.items() if name.startswith(f"{STATE_FOLDER}/")}
+
+    plain, parts_of = candidate(tmp_path / "one"), tmp_path / "one/candidate" / STATE_FOLDER
+    before = {path.name: path.stat().st_mtime_ns for path in parts_of.glob("model-*.safetensors")}
+    stronger = candidate(tmp_path / "one", factor=1.5)
+    assert {path.name: path.stat().st_mtime_ns for path in parts_of.glob("model-*.safetensors")} == before
+    assert state(stronger) == state(plain)
+    assert stronger["model.safetensors"] != plain["model.safetensors"]
+    assert stronger == candidate(tmp_path / "fresh", factor=1.5)
+    lighter = candidate(tmp_path / "one", weight=0.5)
+    assert state(lighter) != state(plain)
+    assert lighter == candidate(tmp_path / "light", weight=0.5)
+    assert candidate(tmp_path / "one") == plain

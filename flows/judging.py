@@ -1,0 +1,157 @@
+"""The three rungs of the gate, the cheapest first: what is measured for each, and where the climb ends."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from flows.admission import Admitted
+from flows.folding import Candidate
+from flows.scoring import GATE, Bench, Rows, Subject, Task, known_tasks, score
+from flows.telling import bar
+from flows.versions import Version
+from registry.records import Report, Try, Verdict
+
+if TYPE_CHECKING:
+    from evaluation.gate import Fold, Rules
+
+POLICY: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}  # the ledger decides what is done
+Rung = Callable[["Contest", Candidate], tuple[Verdict, Report, Report]]  # verdict, candidate's report, champion's
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A champion, an expert folded into it, and all they are held to."""
+
+    bench: Bench
+    rules: "Rules"
+    parent: Version  # the champion
+    expert: Admitted
+    before: Mapping[str, Task]  # the new task too; where the champion has a head of its own, with that
+    after: Mapping[str, Task]  # the same tasks with the candidate's heads
+
+    @property
+    def known(self) -> dict[str, Task]:
+        """The tasks that may not get worse."""
+        return {name: task for name, task in self.after.items() if name != self.expert.task}
+
+    @property
+    def new(self) -> dict[str, Task]:
+        """The expert's task."""
+        return {self.expert.task: self.after[self.expert.task]}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the gate said of a candidate, and what was measured to say it."""
+
+    candidate: Candidate
+    verdict: Verdict
+    report: Report  # of the dearest rung that was asked
+    champion: Report
+    tries: tuple[Try, ...] = ()  # of a search
+    found: str = ""  # what came of the search, in a clause
+    seconds: Mapping[str, float] = field(default_factory=dict)  # rung, or "search" -> what it took
+
+
+def contest(bench: Bench, rules: "Rules", parent: Version, expert: Admitted, candidate: Candidate) -> Contest:
+    """What a candidate and its champion are held to."""
+    after = known_tasks(bench.house, bench.settings, candidate.memory, candidate.folder)
+    before = known_tasks(bench.house, bench.settings, parent.memory, parent.folder)
+    return Contest(bench, rules, parent, expert, {**after, **before}, after)
+
+
+def climb(at: Contest, candidate: Candidate) -> Judged:
+    """Ask rung after rung until one refuses the candidate or none is left."""
+    from evaluation.gate import together
+
+    seconds: dict[str, float] = {}
+    verdict, report, champion = None, Report("", {}), Report("", {})
+    for name, ask in RUNGS.items():
+        with timed(seconds, name):
+            found, report, champion = ask(at, candidate)
+        verdict = together(verdict, found) if verdict else found
+        if not found.passed:
+            break
+    assert verdict is not None, "there is a rung"
+    return Judged(candidate, verdict, report, champion, seconds=seconds)
+
+
+@task(name="free rung", **POLICY)
+def free_rung(at: Contest, candidate: Candidate) -> tuple[Verdict, Report, Report]:
+    """What the fold itself says of the expert; nothing is measured."""
+    from evaluation.gate import free
+
+    empty = Report(candidate.memory.weights_sha256, {}, at.expert.task)
+    return free(fold_of(candidate), at.rules), empty, Report(at.parent.memory.weights_sha256, {})
+
+
+@task(name="canary", **POLICY)
+def canary_rung(at: Contest, candidate: Candidate) -> tuple[Verdict, Report, Report]:
+    """Whether the expert learnt its task, and a sample of every task that the champion knows."""
+    from evaluation.gate import canary
+
+    rows = Rows("canary", int(at.rules.canary_examples))
+    report = with_expert(at, Report(candidate.memory.weights_sha256, {}, at.expert.task), GATE)
+    report, champion = both(at, served(candidate), report, at.known, rows)
+    return canary(report, champion, at.rules), report, champion
+
+
+@task(name="full rung", **POLICY)
+def full_rung(at: Contest, candidate: Candidate) -> tuple[Verdict, Report, Report]:
+    """Every example of every task."""
+    from evaluation.gate import gate
+
+    report = with_expert(at, Report(candidate.memory.weights_sha256, {}, at.expert.task), GATE)
+    report, champion = both(at, served(candidate), report, at.after, GATE)
+    return gate(report, champion, at.rules), report, champion
+
+
+RUNGS: Mapping[str, Rung] = {"free": free_rung, "canary": canary_rung, "full": full_rung}
+
+
+def fold_of(candidate: Candidate) -> "Fold":
+    """What is known of a fold before anything is measured."""
+    from evaluation.gate import Fold
+
+    *earlier, last = candidate.memory.experts
+    return Fold(last.delta_norm, [each.delta_norm for each in earlier], *candidate.shares)
+
+
+def with_expert(at: Contest, report: Report, rows: Rows) -> Report:
+    """The report with the expert and the base alone on the new task in it."""
+    alone, base = Subject(at.expert.weights_sha256, at.expert.whole), at.bench.base
+    first = Subject(base.memory.weights_sha256, base.weights())
+    scores = [score(at.bench, each, at.new, rows)[at.expert.task] for each in (alone, first)]
+    return replace(report, expert=scores[0], base=scores[1])
+
+
+def both(
+    at: Contest, candidate: Subject, report: Report, tasks: Mapping[str, Task], rows: Rows
+) -> tuple[Report, Report]:
+    """The candidate's report with its scores on some tasks, and the champion's."""
+    champion = Subject(at.parent.memory.weights_sha256, at.parent.weights())
+    with bar(f"{rows.split}: the candidate on {len(tasks)} tasks") as progress:
+        ours = score(at.bench, candidate, tasks, rows, progress)
+    with bar(f"{rows.split}: the champion on {len(tasks)} tasks") as progress:
+        theirs = score(at.bench, champion, {name: at.before[name] for name in tasks}, rows, progress)
+    return replace(report, scores=ours), Report(champion.weights_sha256, theirs)
+
+
+def served(candidate: Candidate) -> Subject:
+    """A candidate's serving weights, to be measured."""
+    from registry.weights import Checkpoint
+
+    return Subject(candidate.memory.weights_sha256, Checkpoint.open(candidate.folder, "candidate"))
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Notes what the block takes."""
+    started = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - started, 3)
