@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from evaluation.charts import charts
+from evaluation.comparison import changes
 from evaluation.drawing import Chart, axes_at, canvas, label, write_png
 from evaluation.matrix import draw_matrix
 from evaluation.report import Record
@@ -18,7 +19,7 @@ PALETTE = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D
 
 def write_plots(record: Record, folder: Path) -> list[Path]:
     """Every chart that the record has something for, on white: accuracy_matrix.png, tasks.png, versions.png, ..."""
-    return [write_png(chart, folder / f"{name}.png") for name, chart in charts(record).items()]
+    return [write_png(chart, folder / f"{name}.png") for name, chart in charts(record, changes(record)).items()]
 
 
 def heat_map(

@@ -96,8 +96,13 @@ def history(record: Record, drawn: Drawn) -> str:
     """The accuracy matrix, the lines over versions, and what they add up to."""
     known = ((name, value) for name, value in record.summary.items() if "." not in name)
     sums = facts((name.replace("_", " "), wording.number(value)) for name, value in known)
-    last = " The last column is this candidate." if record.report.scores and record.champion else ""
-    captions = {"accuracy_matrix": MATRIX + last, "versions": VERSIONS, "perplexities": PERPLEXITIES}
+    # A candidate that an earlier rung refused has no row.
+    last = record.verdict is not None and record.verdict.rung == "full"
+    captions = {
+        "accuracy_matrix": MATRIX + " The last column is this candidate." * last,
+        "versions": VERSIONS,
+        "perplexities": PERPLEXITIES,
+    }
     pictures = (figure(drawn[name], caption) for name, caption in captions.items() if name in drawn)
     return section("How the tasks fared so far", sums, *pictures)
 
