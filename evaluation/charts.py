@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
-from evaluation import comparison, curves, wording
+from evaluation import curves, wording
+from evaluation.comparison import Change
 from evaluation.drawing import Chart, label
 from evaluation.matrix import draw_matrix
 from evaluation.report import Record, Rows
@@ -12,17 +13,17 @@ MOST_TASKS = 60  # in one picture
 MOST_VERSIONS = 24  # in the heat map; the lines show all
 
 
-def charts(record: Record) -> dict[str, Chart]:
-    """Name -> chart, in the order of the page."""
+def charts(record: Record, changes: Sequence[Change]) -> dict[str, Chart]:
+    """Name -> chart, in the order of the page; `changes` as evaluation.comparison finds them in the record."""
     makers: tuple[Callable[[Record], Chart | None], ...]
-    makers = (tasks, accuracy_matrix, versions, perplexities, pareto, overlap)
-    found = (make(record) for make in makers)
+    makers = (accuracy_matrix, versions, perplexities, pareto, overlap)
+    found = (tasks(changes), *(make(record) for make in makers))
     return {chart.name: chart for chart in found if chart}
 
 
-def tasks(record: Record) -> Chart | None:
+def tasks(changes: Sequence[Change]) -> Chart | None:
     """The candidate's change on every task against the champion's value, with its interval."""
-    found = comparison.changes(record)[:MOST_TASKS]
+    found = changes[:MOST_TASKS]
     if not any(math.isfinite(each.value) for each in found):
         return None
     told = (f"{label(each.task)} {wording.signed(each.value)} ({wording.between(each.interval)})" for each in found)

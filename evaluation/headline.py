@@ -46,7 +46,7 @@ def _at_a_glance(record: Record, changes: Sequence[Change]) -> list[tuple[str, s
     if old:
         worst = min(old, key=lambda each: each.value)
         mean = math.fsum(each.value for each in old) / len(old)
-        tiles += [(f"mean of {len(old)} known tasks", f"{wording.signed(mean)} points")]
+        tiles += [(f"mean change of {len(old)} known tasks", f"{wording.signed(mean)} points")]
         tiles += [(f"furthest down: {worst.task}", f"{wording.signed(worst.value)} points")] if worst.value < 0 else []
     asked = [each for each in old if each.wrong is not None]
     if asked:

@@ -48,8 +48,8 @@ def _colour(axes: Axes, values: Sequence[Sequence[float | None]], width: int) ->
 
 def _write(axes: Axes, row: int, column: int, value: float) -> None:
     unknown = math.isnan(value)
-    # viridis is dark below its middle
-    colour = INK if unknown else LIGHT if value < 0.6 else DARK
+    # Below 0.42 of viridis white has the higher contrast, above it black.
+    colour = INK if unknown else LIGHT if value < 0.42 else DARK
     text = "?" if unknown else "100" if value == 1.0 else f"{100 * value:.1f}"
     axes.text(column, row, text, ha="center", va="center_baseline", color=colour, fontsize=11)
 

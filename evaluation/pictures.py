@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from evaluation.charts import charts
+from evaluation.comparison import changes
 from evaluation.drawing import Chart, axes_at, canvas, label, write_png
 from evaluation.matrix import draw_matrix
 from evaluation.report import Record
@@ -18,7 +19,7 @@ PALETTE = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D
 
 def write_plots(record: Record, folder: Path) -> list[Path]:
     """Every chart that the record has something for, on white: accuracy_matrix.png, tasks.png, versions.png, ..."""
-    return [write_png(chart, folder / f"{name}.png") for name, chart in charts(record).items()]
+    return [write_png(chart, folder / f"{name}.png") for name, chart in charts(record, changes(record)).items()]
 
 
 def heat_map(
@@ -44,7 +45,8 @@ def bar_chart(
 
 def _draw_bars(tasks: Sequence[str], series: Mapping[str, Sequence[float]], title: str) -> Figure:
     inner = max(320.0, 34.0 * len(tasks) * len(series))
-    figure = canvas(inner + 70, 360)
+    slanted = max(map(len, tasks), default=0) > 10
+    figure = canvas(inner + 70, 370 if slanted else 310)
     axes = axes_at(figure, 56, 34, inner, 210)
     width = 0.8 / max(1, len(series))
     for place, values in enumerate(series.values()):
@@ -54,12 +56,12 @@ def _draw_bars(tasks: Sequence[str], series: Mapping[str, Sequence[float]], titl
         axes.bar_label(bars, texts, fontsize=9, padding=1)
     _name_bars(figure, list(series))
     axes.set_xticks(range(len(tasks)), [label(task) for task in tasks])
-    if max(map(len, tasks), default=0) > 10:
+    if slanted:
         for text in axes.get_xticklabels():
             text.set(rotation=25, ha="right", rotation_mode="anchor")
     axes.set_ylim(0.0, 1.08)
     axes.set_ylabel("accuracy")
-    axes.set_title(label(title, 80), loc="left", weight="bold")
+    axes.set_title(label(title, 80), loc="left", weight="bold", fontsize=12)
     return figure
 
 

@@ -28,7 +28,7 @@ LAYERS = (
     "weights. The share removed is what the merge did not let through, by squared norm."
 )
 
-COUNTED = ("task", "examples#", "turned wrong#", "in %#", "turned right#", "net#")
+COUNTED = ("task", "turned wrong#", "in %#", "turned right#", "net#", "examples#")
 FLIPPED = ("task", "example", "right answer", "champion said", "candidate says")
 
 
@@ -39,7 +39,7 @@ def tasks(record: Record, changes: Sequence[Change], drawn: Drawn) -> str:
         inner = table("Scores", ("task", "metric", "value#", "examples#", "note"), rows) if rows else ""
         return section("Scores", inner)
     rows = [_against(change) for change in changes]
-    heads = ("task", "metric", "examples#", "champion#", "candidate#", "change#", "95 % interval#", "note")
+    heads = ("task", "change#", "95 % interval#", "champion#", "candidate#", "examples#", "metric", "note")
     chart = figure(drawn["tasks"], CHANGES) if "tasks" in drawn else ""
     note = "Accuracies and scores in per cent and points; perplexity as it is, its change in per cent of the champion's"
     return section("Candidate against champion", chart, table(note, heads, rows), paragraph(_bounds(record)))
@@ -48,10 +48,11 @@ def tasks(record: Record, changes: Sequence[Change], drawn: Drawn) -> str:
 def _against(change: Change) -> Row:
     score = change.after or change.before
     notes = ("new" * change.new, "safety" * change.safety, "rule failed" * change.failed, change.problem)
-    cells = (change.task, score.metric if score else "", str(change.examples) if not change.problem else "")
-    values = (wording.measured(change.before), wording.measured(change.after), wording.signed(change.value))
+    values = (wording.measured(change.before), wording.measured(change.after))
+    how = (str(change.examples) if not change.problem else "", score.metric if score else "")
     told = ", ".join(note for note in notes if note)
-    return Row((*cells, *values, wording.between(change.interval), told), "failed" * change.failed)
+    moved = (wording.signed(change.value), wording.between(change.interval))
+    return Row((change.task, *moved, *values, *how, told), "failed" * change.failed)
 
 
 def _alone(name: str, score: TaskScore) -> Row:
@@ -84,7 +85,7 @@ def _turned(change: Change) -> Row:
     wrong, right = change.wrong or 0, change.right or 0
     net = f"{right - wrong:+d}".replace("-", wording.MINUS)
     rate = wording.percent(wrong / change.examples)
-    return Row((change.task, str(change.examples), str(wrong), rate, str(right), net), "failed" * change.failed)
+    return Row((change.task, str(wrong), rate, str(right), net, str(change.examples)), "failed" * change.failed)
 
 
 def _flip(flip: Flip) -> Row:
@@ -95,8 +96,13 @@ def history(record: Record, drawn: Drawn) -> str:
     """The accuracy matrix, the lines over versions, and what they add up to."""
     known = ((name, value) for name, value in record.summary.items() if "." not in name)
     sums = facts((name.replace("_", " "), wording.number(value)) for name, value in known)
-    last = " The last column is this candidate." if record.report.scores and record.champion else ""
-    captions = {"accuracy_matrix": MATRIX + last, "versions": VERSIONS, "perplexities": PERPLEXITIES}
+    # A candidate that an earlier rung refused has no row.
+    last = record.verdict is not None and record.verdict.rung == "full"
+    captions = {
+        "accuracy_matrix": MATRIX + " The last column is this candidate." * last,
+        "versions": VERSIONS,
+        "perplexities": PERPLEXITIES,
+    }
     pictures = (figure(drawn[name], caption) for name, caption in captions.items() if name in drawn)
     return section("How the tasks fared so far", sums, *pictures)
 

@@ -17,7 +17,14 @@ def answered(task, right, *, error="", safety=False):
 
 def read(task, nats):
     """A perplexity of equally long texts, from their log-likelihoods in nats a token."""
-    return TaskScore(task, SUITE, "perplexity", math.exp(-math.fsum(nats) / len(nats)), points=tuple(nats))
+    return TaskScore(
+        task,
+        SUITE,
+        "perplexity",
+        math.exp(-math.fsum(nats) / len(nats)),
+        points=tuple(nats),
+        weights=(9.0,) * len(nats),
+    )
 
 
 def sample(task="city", new="fr-legal", words="Ulan-Ude", layer="encoder.layer.0", error=""):

@@ -1,14 +1,14 @@
 """Changes against the champion: the gate's intervals where it has some, exact flips, nothing where nothing is known."""
 
 import math
-import random
 from dataclasses import replace
 
 import pytest
 
-from evaluation.comparison import changes, paired_interval
+from evaluation import paired
+from evaluation.comparison import changes
 from registry.records import Check, Outcome, Report, Verdict
-from tests.evaluation.sample_reports import answered, read, sample
+from tests.evaluation.sample_reports import answered, sample
 
 
 def one(record, task):
@@ -42,12 +42,12 @@ def test_a_perplexity_changes_by_its_ratio_and_less_is_better():
 @pytest.mark.parametrize(
     ("candidate", "problem"),
     [
-        (None, "the candidate was not measured"),
+        (None, "the candidate was not scored"),
         (answered("city", [1], error="timed out"), "the candidate could not be measured: timed out"),
-        (replace(answered("city", [1]), value=math.inf), "its value is no number"),
+        (replace(answered("city", [1]), value=math.inf), "the candidate's accuracy is inf"),
         (replace(answered("city", [1] * 100), suite_sha256="other"), "different suites"),
-        (replace(answered("city", [1] * 100), split="canary"), "different suites"),
-        (replace(answered("city", [1] * 100), metric="score"), "different suites"),
+        (replace(answered("city", [1] * 100), split="canary"), "measured on the rows 'canary', not on 'gate'"),
+        (replace(answered("city", [1] * 100), metric="score"), "the candidate's answers are missing"),
     ],
 )
 def test_what_cannot_be_compared_has_no_value_but_a_reason(candidate, problem):
@@ -65,21 +65,18 @@ def test_there_is_nothing_to_compare_without_a_champion_or_without_scores():
     assert changes(sample()._replace(report=Report("w", {}))) == []
 
 
-def test_no_interval_without_answers():
-    empty = replace(answered("a", [1]), correct=(), predictions=())
-    assert paired_interval(empty, empty) is None
-    assert paired_interval(read("a", [-1.0]), read("a", [-1.0])) is None
-    odd = replace(read("a", [-1.0, -1.0]), points=(math.nan, -1.0))
-    assert paired_interval(odd, odd) is None
+def test_a_canary_is_compared_on_its_own_rows():
+    before, after = (replace(answered("city", right), split="canary") for right in ([1, 1, 1], [1, 1, 0]))
+    record = sample()._replace(champion=Report("c", {"city": before}), report=Report("w", {"city": after}))
+    change = one(record, "city")
+    assert (round(change.value, 9), change.wrong, change.problem) == (-0.333333333, 1, "")
 
 
-@pytest.mark.parametrize("lose", [0.02, 0.1, 0.3])
-def test_the_interval_holds_the_true_change_in_95_of_100_trials(lose):
-    """Flips of known rates; 0.93 leaves room for the error of 1000 trials (0.7 points) and of the formula."""
-    chance, held, gain = random.Random(3), 0, 0.05
-    for _ in range(1000):
-        before = [chance.random() < 0.7 for _ in range(120)]
-        after = [chance.random() >= lose if right else chance.random() < gain for right in before]
-        low, high = paired_interval(answered("a", before), answered("a", after))
-        held += low <= 0.3 * gain - 0.7 * lose <= high
-    assert held >= 930
+@pytest.mark.parametrize("task", ["city", "news-text", "fr-legal"])
+def test_without_the_gate_the_interval_is_the_one_that_it_would_find(task):
+    change = one(sample()._replace(verdict=None), task)
+    found = paired.change((change.before, change.after))
+    sign = 1 if change.is_perplexity else -1
+    assert math.isclose(found.loss, sign * change.value, abs_tol=1e-9)
+    assert sorted(sign * end for end in found.interval) == list(change.interval)
+    assert change.interval[0] < change.value < change.interval[1]
