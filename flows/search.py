@@ -41,12 +41,12 @@ class Way:
 
 
 def wanted(when: str, judged: Judged) -> bool:
-    """Whether to search: after a rejection at the last rung that another fold could change, or always."""
+    """Whether to search: after a rejection by what was measured that another fold could change, or always."""
     if judged.verdict.passed:
         return when == "always"
     failed = [check for check in judged.verdict.checks if not check.passed]
     decided = not any(math.isnan(check.value) or check.rule in EXPERTS_OWN for check in failed)
-    return when != "never" and judged.verdict.rung == "full" and decided
+    return when != "never" and judged.verdict.rung != "free" and decided
 
 
 def ways(at: Contest, configured: Recipe) -> list[Way]:
