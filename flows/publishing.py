@@ -60,9 +60,9 @@ def arrivals(memory: Memory) -> dict[str, int]:
 
 def matrix_of(version: Version) -> list[Mapping[str, float]]:
     """The accuracy matrix up to a version: row t holds the accuracies after t + 1 experts; empty for the base."""
-    from evaluation.report import from_json
+    from evaluation.report import rows_in
 
-    return list(from_json(read_json(version.folder / REPORT_FILE), f"report of version {version.number}").matrix)
+    return list(rows_in(read_json(version.folder / REPORT_FILE), "matrix", f"report of version {version.number}"))
 
 
 def draw(
