@@ -9,10 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from evaluation.approval import APPROVALS
 from registry.records import FoldinError, Refusal
 
 DEFAULT_FILE = Path("foldin.toml")
 TRIGGERS = ("on-register", "nightly", "manual")
+BLOCK = re.compile(r"[a-z0-9][a-z0-9-]*/[A-Za-z0-9][A-Za-z0-9_-]*")  # of Prefect: TYPE/NAME
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a line: names a registered model, a folder, deployments
 LOCAL_DATABASE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:)(.+)")
 
@@ -41,6 +43,10 @@ class LineConfig:
     project: tuple[str, ...] = ()  # patterns of other tensors, such as convolutions, that are projected as (out, rest)
     suites: Mapping[str, str] = field(default_factory=dict)  # task -> folder with suite.json, instead of the expert's
     gate: Mapping[str, Any] = field(default_factory=dict)  # the fields of evaluation.gate.Rules
+    approval: str = (
+        "never"  # what waits for a person: never, on-reject (what a soft rule rejected) or always (all else)
+    )
+    notify: tuple[str, ...] = ()  # notification blocks of Prefect that hear what became of an expert, as TYPE/NAME
     trigger: str = "on-register"  # on-register: watch by interval; nightly: on schedule; manual: only by hand
     interval: float = 60.0  # seconds between two looks at the registry
     schedule: str = "0 2 * * *"  # cron of the nightly fold
@@ -148,8 +154,12 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
     if isinstance(value, dict) and type(value.get("workers")) is int:
         value = {**value, "workers": str(value["workers"])}  # a number may stand without quotes
     line = _read(path, f"lines.{name}", LineConfig, value)
-    if line.trigger not in TRIGGERS:
-        raise _refused(path, f"{where} trigger is unknown", f"one of {', '.join(TRIGGERS)}", repr(line.trigger))
+    for key, known in {"trigger": TRIGGERS, "approval": APPROVALS}.items():
+        if getattr(line, key) not in known:
+            raise _refused(path, f"{where} {key} is unknown", f"one of {', '.join(known)}", repr(getattr(line, key)))
+    for slug in line.notify:
+        if not BLOCK.fullmatch(slug):
+            raise _refused(path, f"{where} notify names no block", "TYPE/NAME, such as slack-webhook/ops", repr(slug))
     _check_seconds(path, f"{where} interval", line.interval, 0.1)
     _check_seconds(path, f"{where} upload_patience", line.upload_patience, 0.0)
     _check_experts(path, f"{where} experts", name, line.experts)

@@ -13,19 +13,33 @@ from prefect.exceptions import TerminationSignal
 
 from flows import showing
 from flows.admission import Admitted, admit, declared_task
+from flows.approval import hold
 from flows.champion import follow, reconcile
 from flows.config import LineConfig
 from flows.faults import is_out_of_memory, refused_by_system
 from flows.folding import Candidate, fold
 from flows.leasing import held
+from flows.notifying import notify
 from flows.publishing import metrics_of, register, show, write_report, write_version_manifest
 from flows.scoring import Subject, known_tasks, report_on, score
 from flows.starting import check_settings
 from flows.telling import bar, say
 from flows.versions import Version, chain, open_version
+from flows.waiting import stands_still
 from flows.wiring import House, house, merge_key
 from registry.files import shown, sweep
-from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Refusal, Report, Verdict
+from registry.records import (
+    Expert,
+    ExpertState,
+    ExpertVersion,
+    FoldinError,
+    Lease,
+    Merge,
+    Outcome,
+    Refusal,
+    Report,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from evaluation.report import Record
@@ -74,11 +88,11 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
     check_settings(settings, line)
     with held(at, line, told=say) as lease:
         waiting = at.ledger.experts(line, ExpertState.PENDING)
-        if not waiting or not reconcile(at, lease, say):
+        if not waiting or not reconcile(at, lease, say) or stands_still(at, line):
             return None
         try:
             with surroundings():
-                return fold_expert(at, settings, lease, waiting[0])
+                outcome = fold_expert(at, settings, lease, waiting[0])
         except FoldinError as error:
             # What is the expert's fault is a refusal by now; this is not, so it does not count against the expert.
             if error.refusal.code != "E_FENCED":
@@ -87,6 +101,9 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
         except (KeyboardInterrupt, TerminationSignal):
             at.ledger.clear_attempts(lease, waiting[0])  # a person or the platform ended the run, not the expert
             raise
+    if outcome is not None:
+        notify(settings, line, outcome)
+    return outcome
 
 
 @contextmanager
@@ -201,11 +218,12 @@ def score_models(work: Work, admitted: Admitted, candidate: Candidate) -> Scores
 
 @task(name="gate", **POLICY)
 def judge(work: Work, scores: Scores) -> Verdict:
-    """The gate's answer under the line's rules."""
+    """The gate's answer under the line's rules, waiting for a person where the line asks for one."""
+    from evaluation.approval import under_approval
     from evaluation.gate import gate, rules_from
 
     rules = rules_from(work.settings.gate, f"[lines.{work.lease.line}.gate]")
-    return gate(scores.candidate, scores.champion, rules)
+    return under_approval(gate(scores.candidate, scores.champion, rules), work.settings.approval)
 
 
 @task(name="register", **POLICY)
@@ -221,6 +239,8 @@ def conclude(work: Work, admitted: Admitted, candidate: Candidate, scores: Score
     showing.judged(lease.line, expert, record, candidate.folder)
     if verdict.passed:
         outcome = promote(work, key, run, candidate, record)
+    elif verdict.outcome is Outcome.WAITING:
+        outcome = hold(work, key, run, candidate, record)
     else:
         outcome = settle(at, lease, expert, ExpertState.REJECTED, "E_GATE", verdict.reason)
     shutil.rmtree(candidate.folder.parent, ignore_errors=True)

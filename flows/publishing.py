@@ -169,7 +169,7 @@ def register(
         "foldin.experts": str(len(memory.experts)),
         "foldin.expert": expert,
         "foldin.method": memory.method,
-        "foldin.verdict": "passed",
+        "foldin.verdict": read_json(folder / MANIFEST)["verdict"],
     }
     last = memory.experts[-1] if memory.experts else None
     told = (

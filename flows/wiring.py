@@ -179,5 +179,6 @@ def merge_key(line: str, parent: str, expert: str, task: str, suite: str, settin
         "plain": list(settings.plain),
         "project": list(settings.project),
         "gate": dict(settings.gate),
+        "approval": settings.approval,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
