@@ -43,9 +43,7 @@ class LineConfig:
     project: tuple[str, ...] = ()  # patterns of other tensors, such as convolutions, that are projected as (out, rest)
     suites: Mapping[str, str] = field(default_factory=dict)  # task -> folder with suite.json, instead of the expert's
     gate: Mapping[str, Any] = field(default_factory=dict)  # the fields of evaluation.gate.Rules
-    approval: str = (
-        "never"  # what waits for a person: never, on-reject (what a soft rule rejected) or always (all else)
-    )
+    approval: str = "never"  # which candidates wait for a person: never, on-reject (soft rejections) or always (all)
     notify: tuple[str, ...] = ()  # notification blocks of Prefect that hear what became of an expert, as TYPE/NAME
     trigger: str = "on-register"  # on-register: watch by interval; nightly: on schedule; manual: only by hand
     interval: float = 60.0  # seconds between two looks at the registry

@@ -65,7 +65,8 @@ class Work(NamedTuple):
 
     def key(self, admitted: Admitted) -> str:
         """The merge's name, made of everything that decides its result."""
-        parts = (self.parent.manifest_sha256, admitted.tree_sha256, admitted.task, admitted.suite.sha256)
+        expert = f"{self.expert.name}:{admitted.tree_sha256}"  # registered again, the same files are judged anew
+        parts = (self.parent.manifest_sha256, expert, admitted.task, admitted.suite.sha256)
         return merge_key(self.lease.line, *parts, self.settings)
 
 

@@ -162,7 +162,7 @@ def merge_key(line: str, parent: str, expert: str, task: str, suite: str, settin
     Args:
         line: name of the line.
         parent: SHA-256 of the parent version's manifest, which covers its weights and its state.
-        expert: digest of the expert's files.
+        expert: its name and the digest of its files.
         task: the expert's task.
         suite: identity of the suite that measures it.
         settings: the line's settings; those that change weights or verdict are part of the key.

@@ -164,14 +164,13 @@ def test_a_decision_is_taken_once(desk, zoo, capsys):
         desk.decide("approve", 1)
     with pytest.raises(FoldinError, match=r"E_VERSION tiny v7"):
         desk.decide("reject", 7)
-    # As the remedy says: the same weights, registered again, wait again, as the version that they are.
+    # As the remedy says: the same weights, registered again, wait again.
     desk.register(zoo / "expert-1", "task-1")
-    assert desk.watch() == [("v2", "needs-approval", 2)]
-    assert desk.shown(2)[::3] == ("needs-approval", True)
-    desk.decide("approve", 2)
-    assert (desk.champion, desk.states) == (2, ["rejected", "folded"])
-    with pytest.raises(FoldinError, match=r"E_DECIDED tiny v2: .*Found approved by ann.*roll back with"):
-        desk.decide("reject", 2)
+    assert desk.watch() == [("v2", "needs-approval", 3)]
+    desk.decide("approve", 3)
+    assert (desk.champion, desk.states) == (3, ["rejected", "folded"])
+    with pytest.raises(FoldinError, match=r"E_DECIDED tiny v3: .*Found approved by ann.*Roll back with"):
+        desk.decide("reject", 3)
     assert desk.watch() == []
 
 
@@ -302,16 +301,17 @@ def die(desk, point, *arguments):
     assert died.returncode == -signal.SIGKILL, died.stderr
 
 
-@pytest.mark.parametrize("verb", ["approve", "reject"])
 @pytest.mark.parametrize(
-    "point",
+    ("verb", "point"),
     [
-        ("registry.ledger", "Ledger.decide", "before"),
-        ("registry.ledger", "Ledger.decide", "after"),
-        (STORE, "MlflowStore.label", "after"),
-        (STORE, "MlflowStore.point_candidate", "before"),
+        ("approve", ("registry.ledger", "Ledger.decide", "after")),
+        ("reject", ("registry.ledger", "Ledger.decide", "after")),
+        ("approve", (STORE, "MlflowStore.point_candidate", "before")),
+        pytest.param("approve", ("registry.ledger", "Ledger.decide", "before"), marks=pytest.mark.chaos),
+        pytest.param("approve", (STORE, "MlflowStore.point_champion", "after"), marks=pytest.mark.chaos),
+        pytest.param("reject", (STORE, "MlflowStore.label", "after"), marks=pytest.mark.chaos),
     ],
-    ids=lambda point: f"{point[1]} {point[2]}",
+    ids=str,
 )
 def test_killed_at_any_step_of_a_decision_the_next_watch_finishes_it(desk, zoo, verb, point):
     desk.register(zoo / "expert-1", "task-1")
@@ -336,12 +336,11 @@ def test_killed_at_any_step_of_a_decision_the_next_watch_finishes_it(desk, zoo, 
 @pytest.mark.parametrize(
     "point",
     [
-        ("registry.ledger", "Ledger.record_verdict", "after"),  # of the base, which comes first
-        ("registry.ledger", "Ledger.hold", "before"),
         ("registry.ledger", "Ledger.hold", "after"),
-        (STORE, "MlflowStore.point_candidate", "before"),
+        pytest.param(("registry.ledger", "Ledger.hold", "before"), marks=pytest.mark.chaos),
+        pytest.param((STORE, "MlflowStore.point_candidate", "before"), marks=pytest.mark.chaos),
     ],
-    ids=lambda point: f"{point[1]} {point[2]}",
+    ids=str,
 )
 def test_killed_while_a_version_begins_to_wait_it_waits_once(desk, zoo, point):
     desk.register(zoo / "expert-1", "task-1")
@@ -458,11 +457,11 @@ def served(workshop, own_prefect, monkeypatch):
     """The API of a Prefect server on which `foldin serve` keeps the forms of a line that asks about everything."""
     desk = Desk(workshop / "foldin.toml").set(approval="always", trigger="manual")
     mark = f"FOLDIN_TEST={uuid.uuid4()}"
-    monkeypatch.setenv(*mark.split("="))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with prefect_server(load(desk.toml), port) as url:
+        monkeypatch.setenv(*mark.split("="))  # after the server, which shall end last
         with open(workshop / "serve.log", "wb") as said:
             command = [sys.executable, "-m", "flows.cli", "serve"]
             process = subprocess.Popen(command, cwd=workshop, stdout=said, stderr=said)
@@ -476,10 +475,9 @@ def served(workshop, own_prefect, monkeypatch):
 
 
 def marked(folder, mark):
-    """Whether a process of `foldin serve` or below is behind a folder of /proc."""
+    """Whether a process that carries the mark in its environment is behind a folder of /proc."""
     try:
-        carries = mark.encode() in (folder / "environ").read_bytes().split(b"\0")
-        return carries and b"uvicorn" not in (folder / "cmdline").read_bytes()
+        return mark.encode() in (folder / "environ").read_bytes().split(b"\0")
     except OSError:  # it ended meanwhile
         return False
 
@@ -526,6 +524,6 @@ def test_a_version_that_waits_is_a_suspended_run_with_a_form_and_the_answer_deci
     desk.decide("reject", 3, "it is odd", "bob")
     assert resume(url, run, approve=True, because="late", who="eve")["status"] == "ACCEPT"
     wait_for(lambda: len(runs_in(url, "Completed")) == 2)
-    lines = ask(f"{url}/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
-    assert any("tiny v3 does not wait any more: declined" in each["message"] for each in lines)
+    mine = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
+    wait_for(lambda: "tiny v3 does not wait any more: declined" in str(ask(f"{url}/logs/filter", mine)), 20)
     assert (desk.champion, desk.shown(3)[0]) == (2, "declined")
