@@ -50,16 +50,17 @@ def roll_back(house: House, lease: Lease, target: int, because: str, who: str) -
 
 
 def check_target(house: House, line: str, version: int) -> None:
-    """Nothing, when a version may be champion: foldin registered it, it passed its gate, and it is whole."""
+    """Nothing, when a version may be champion: foldin registered it, its gate or a person said yes, and it is whole."""
     merge = find_merge(house, line, version)
-    if not merge.verdict.passed:
+    if not merge.may_serve:
+        never, undecided = "the version did not pass its gate", "no person has approved the version"
         raise FoldinError(
             Refusal(
                 code="E_GATE",
-                what="the version did not pass its gate",
+                what=undecided if merge.undecided else never,
                 where=f"{line} v{version}",
                 found=merge.verdict.reason,
-                remedy=f"choose a version that `foldin log {line}` shows as passed",
+                remedy=f"choose a version that `foldin log {line}` shows as passed or approved",
             )
         )
     verified(house, line, version)

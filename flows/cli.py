@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
+from flows.people import approve, reject
 from flows.telling import busy, say
 from flows.verb import answer, fail, finish, house_of, prefect_for, prepared
 
@@ -112,7 +113,7 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
             except FoldinError as error:  # one line's trouble is not the others'
                 errors.append(error)
         if not errors and not outcomes:
-            say(f"{', '.join(names) or 'no line'}: nothing new was found, nothing waits")
+            say(f"{', '.join(names) or 'no line'}: nothing new was found, nothing to fold")
     for other in errors[1:]:
         say(f"error: {other}")
     if errors:
@@ -240,6 +241,10 @@ def ui(options: dict[str, Any], prefect_port: int, mlflow_port: int) -> None:
     with prefect_server(config, prefect_port), mlflow_server(config, mlflow_port):
         say("Ctrl-C ends both.")
         threading.Event().wait()
+
+
+cli.add_command(approve)
+cli.add_command(reject)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from evaluation.approval import APPROVALS
 from flows.tables import EXAMPLES, as_table, check_keys, read_table, refused
 from registry.records import FoldinError, Refusal
 
 DEFAULT_FILE = Path("foldin.toml")
 SEARCHES = ("never", "on-reject", "always")
 TRIGGERS = ("on-register", "nightly", "manual")
+BLOCK = re.compile(r"[a-z0-9][a-z0-9-]*/[A-Za-z0-9][A-Za-z0-9_-]*")  # of Prefect: TYPE/NAME
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a line: names a registered model, a folder, deployments
 LOCAL_DATABASE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:)(.+)")
 
@@ -58,6 +60,8 @@ class LineConfig:
     gate: Mapping[str, Any] = field(default_factory=dict)  # the fields of evaluation.gate.Rules
     search: SearchConfig = field(default_factory=SearchConfig)  # for a fold that passes, or for a better one
     evaluation_seconds: float = 3600.0  # measuring one model on one suite may take; more counts as not measured
+    approval: str = "never"  # which candidates wait for a person: never, on-reject (soft rejections) or always (all)
+    notify: tuple[str, ...] = ()  # notification blocks of Prefect that hear what became of an expert, as TYPE/NAME
     trigger: str = "on-register"  # on-register: watch by interval; nightly: on schedule; manual: only by hand
     interval: float = 60.0  # seconds between two looks at the registry
     schedule: str = "0 2 * * *"  # cron of the nightly fold
@@ -165,8 +169,12 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
     if isinstance(value, dict) and type(value.get("workers")) is int:
         value = {**value, "workers": str(value["workers"])}  # a number may stand without quotes
     line = read_table(path, f"lines.{name}", LineConfig, value)
-    if line.trigger not in TRIGGERS:
-        raise refused(path, f"{where} trigger is unknown", f"one of {', '.join(TRIGGERS)}", repr(line.trigger))
+    for key, known in {"trigger": TRIGGERS, "approval": APPROVALS}.items():
+        if getattr(line, key) not in known:
+            raise refused(path, f"{where} {key} is unknown", f"one of {', '.join(known)}", repr(getattr(line, key)))
+    for slug in line.notify:
+        if not BLOCK.fullmatch(slug):
+            raise refused(path, f"{where} notify names no block", "TYPE/NAME, such as slack-webhook/ops", repr(slug))
     _check_seconds(path, f"{where} interval", line.interval, 0.1)
     _check_seconds(path, f"{where} upload_patience", line.upload_patience, 0.0)
     _check_seconds(path, f"{where} evaluation_seconds", line.evaluation_seconds, 0.1)

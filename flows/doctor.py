@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from flows.starting import check_settings
 from flows.versions import open_version
+from flows.waiting import misplaced
 from flows.wiring import House, is_dead
 from registry.lineage import open_moves
 from registry.records import FoldinError, Refusal
@@ -53,6 +54,14 @@ def check_line(house: House, line: str) -> Iterator[Refusal]:
         expected, found = f"version {newest.target}", f"version {seen}" if seen else "no alias"
         remedy = f"run `foldin watch {line}`; it adopts a person's move and mends its own"
         yield Refusal("E_ALIAS", what, f"line {line}", "", "", expected, found, remedy)
+    wrong = misplaced(house, line)
+    if wrong:
+        stands, belongs = (f"version {each}" if each else "nowhere" for each in wrong)
+        what, remedy = (
+            "the alias candidate is not on what waits for a person",
+            f"run `foldin watch {line}`; it mends it",
+        )
+        yield Refusal("E_ALIAS", what, f"line {line}", expected=belongs, found=stands, remedy=remedy)
     holder = house.ledger.leases.holder(line).holder
     if holder and is_dead(holder):
         remedy = f"run `foldin watch {line}`; it takes over and goes on where the dead run stopped"

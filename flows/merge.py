@@ -7,29 +7,33 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
 from prefect.exceptions import TerminationSignal
 
 from flows import showing
 from flows.admission import Admitted, admit, declared_task
+from flows.approval import hold
 from flows.champion import follow, reconcile
 from flows.config import LineConfig
 from flows.faults import is_out_of_memory, refused_by_system
 from flows.folding import Candidate, fold
 from flows.judging import POLICY, Judged, climb, contest
 from flows.leasing import held
-from flows.publishing import metrics_of, register, show, show_try, write_report, write_version_manifest
+from flows.notifying import notify
+from flows.publishing import metrics_of, register, show, show_try, write_version_manifest
 from flows.recipe import Recipe, recipe_of
+from flows.reporting import write_report
 from flows.scoring import Bench
 from flows.search import search, wanted
 from flows.starting import check_settings
 from flows.telling import bar, say
-from flows.versions import Version, chain, open_version
-from flows.wiring import House, house, merge_key
+from flows.waiting import stands_still
+from flows.wiring import House, house
+from flows.work import Work, work_on
 from registry.files import shown, sweep
-from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Refusal
+from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Outcome, Refusal
 
 if TYPE_CHECKING:
     from evaluation.report import Record
@@ -38,27 +42,6 @@ DAY = 86400.0  # seconds
 MAX_ATTEMPTS = 3  # an expert that ended so many runs without a word is set aside, so that the next one can go on
 
 TAG_PATIENCE = 10.0  # seconds between creating a version and tagging it that a client may take
-
-
-class Work(NamedTuple):
-    """What one merge works with."""
-
-    house: House
-    settings: LineConfig
-    lease: Lease
-    expert: Expert
-    found: ExpertVersion  # the expert as MLflow shows it
-    base: Version
-    parent: Version
-
-    def key(self, admitted: Admitted) -> str:
-        """The merge's name, made of everything that decides its result."""
-        parts = (self.parent.manifest_sha256, admitted.tree_sha256, admitted.task, admitted.suite.sha256)
-        return merge_key(self.lease.line, *parts, self.settings, admitted.weight)
-
-    def scratch(self, admitted: Admitted) -> Path:
-        """The folder of this merge alone."""
-        return self.house.work(self.lease.line) / self.key(admitted)
 
 
 @flow(name="merge-expert", flow_run_name="{line}: next expert", persist_result=False)
@@ -73,11 +56,11 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
     check_settings(settings, line)
     with held(at, line, told=say) as lease:
         waiting = at.ledger.experts(line, ExpertState.PENDING)
-        if not waiting or not reconcile(at, lease, say):
+        if not waiting or not reconcile(at, lease, say) or stands_still(at, line):
             return None
         try:
             with surroundings():
-                return fold_expert(at, settings, lease, waiting[0])
+                outcome = fold_expert(at, settings, lease, waiting[0])
         except FoldinError as error:
             # What is the expert's fault is a refusal by now; this is not, so it does not count against the expert.
             if error.refusal.code != "E_FENCED":
@@ -86,6 +69,9 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
         except (KeyboardInterrupt, TerminationSignal):
             at.ledger.clear_attempts(lease, waiting[0])  # a person or the platform ended the run, not the expert
             raise
+    if outcome is not None:
+        notify(settings, line, outcome)
+    return outcome
 
 
 @contextmanager
@@ -116,7 +102,7 @@ def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -
     if at.ledger.begin(lease, expert, expert.task) > MAX_ATTEMPTS:
         reason = f"{MAX_ATTEMPTS} runs ended at this expert without a word; it may have killed the worker"
         return settle(at, lease, expert, ExpertState.QUARANTINED, "Q_CRASH", reason)
-    work = _open(at, settings, lease, expert, found)
+    work = work_on(at, settings, lease, expert, found)
     say(f"{expert.name} (task {expert.task or '?'}): folding into {lease.line} v{work.parent.number}")
     admitted = admit_expert(work)
     if isinstance(admitted, Refusal):
@@ -187,30 +173,25 @@ def refold(work: Work, admitted: Admitted, recipe: Recipe, scratch: Path) -> Can
 
 def judge(work: Work, admitted: Admitted, candidate: Candidate, recipe: Recipe) -> Judged:
     """What the gate says of the candidate, or of a better way to fold the expert."""
+    from evaluation.approval import under_approval
     from evaluation.gate import rules_from
 
     bench = Bench(work.house, work.settings, work.base)
     rules = rules_from(work.settings.gate, f"[lines.{work.lease.line}.gate]")
     at = contest(bench, rules, work.parent, admitted, candidate)
     judged = climb(at, candidate)
-    if not wanted(work.settings.search.when, judged):
-        return judged
-    say(f"{work.expert.name}: {judged.verdict.outcome}; searching for a better way to fold it")
-    run, refolded = run_of(work, admitted), partial(refold, work, admitted)
-    return search(at, judged, recipe, work.scratch(admitted), refolded, partial(show_try, work.house, run))
-
-
-def run_of(work: Work, admitted: Admitted) -> str:
-    """The MLflow run that shows the merge."""
-    line, expert = work.lease.line, work.expert
-    return work.house.mlflow.run_for(line, work.key(admitted), f"{line}: {expert.name}", {"foldin.expert": expert.name})
+    if wanted(work.settings.search.when, judged):
+        say(f"{work.expert.name}: {judged.verdict.outcome}; searching for a better way to fold it")
+        run, refolded = work.run(admitted), partial(refold, work, admitted)
+        judged = search(at, judged, recipe, work.scratch(admitted), refolded, partial(show_try, work.house, run))
+    return replace(judged, verdict=under_approval(judged.verdict, work.settings.approval))
 
 
 @task(name="register", **POLICY)
 def conclude(work: Work, admitted: Admitted, judged: Judged) -> dict[str, Any]:
     """Record the verdict; register and promote what passed, show and drop what did not."""
     at, lease, expert, key = work.house, work.lease, work.expert, work.key(admitted)
-    run, candidate = run_of(work, admitted), judged.candidate
+    run, candidate = work.run(admitted), judged.candidate
     merge = Merge(key, lease.line, expert.id, work.parent.number, judged.verdict, run)
     verdict = at.ledger.record_verdict(lease, merge).verdict  # the first answer stands
     record = write_report(at, work.settings, work.parent, lease.line, replace(judged, verdict=verdict))
@@ -219,6 +200,8 @@ def conclude(work: Work, admitted: Admitted, judged: Judged) -> dict[str, Any]:
     showing.judged(lease.line, expert, record, candidate.folder)
     if verdict.passed:
         outcome = promote(work, key, run, candidate, record)
+    elif verdict.outcome is Outcome.WAITING:
+        outcome = hold(work, key, run, candidate, record)
     else:
         outcome = settle(at, lease, expert, ExpertState.REJECTED, "E_GATE", verdict.reason)
     shutil.rmtree(candidate.folder.parent, ignore_errors=True)
@@ -234,13 +217,3 @@ def promote(work: Work, key: str, run: str, candidate: Candidate, record: "Recor
     follow(at, work.lease, at.ledger.commit(work.lease, key, version, manifest))
     say(f"{expert.name}: folded; {line} v{version} is champion")
     return {"expert": expert.name, "state": str(ExpertState.FOLDED), "reason": "", "version": version}
-
-
-def _open(at: House, settings: LineConfig, lease: Lease, expert: Expert, found: ExpertVersion) -> Work:
-    """Everything a merge reads, verified: the champion it folds into and the base."""
-    champion = at.ledger.line(lease.line).champion
-    assert champion is not None, "reconcile lets nothing be folded before the base is champion"
-    parent = open_version(at, lease.line, champion)
-    first = chain(at, lease.line, champion)[-1]
-    base = parent if first == champion else open_version(at, lease.line, first)
-    return Work(at, settings, lease, expert, found, base, parent)

@@ -26,20 +26,26 @@ def console() -> Console:
 
 
 def print_status(lines: Sequence[Mapping[str, Any]]) -> None:
-    """One row a line, then what blocks it and what waits."""
+    """One row a line, then what blocks it and what waits for a person."""
     table = _table(
         "line", "champion", "pending", "folded", "rejected", "quarantined", "withdrawn", "rolled back", "now"
     )
     for line in lines:
         counts = line["experts"]
         states = ("pending", "folded", "rejected", "quarantined", "withdrawn", "rolled-back")
-        now = "BLOCKED" if line["blocked"] else ("working" if line["working"] else "idle")
+        now = (
+            "BLOCKED" if line["blocked"] else ("working" if line["working"] else "waits" if line["waiting"] else "idle")
+        )
         champion = f"v{line['champion']}" if line["champion"] else "none"
         table.add_row(_text(line["line"]), champion, *(str(counts[state]) for state in states), now)
     console().print(table)
     for line in lines:
         if line["blocked"]:
             console().print(_text(f"{clean(line['line'])} is blocked: {line['blocked']}", 1000))
+        if line["waiting"]:
+            found = line["waiting"]
+            which = f"{clean(line['line'])} v{found['version']} ({clean(found['expert'])})"
+            console().print(_text(f"{which} waits for a person since {_when(found['since'])}: {found['reason']}", 1000))
 
 
 def print_log(facts: Mapping[str, Any]) -> None:
@@ -55,7 +61,7 @@ def print_log(facts: Mapping[str, Any]) -> None:
         console().print(table)
     moves = _table("when", "what", "champion", "who", "because")
     for event in facts["events"]:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at"]))
+        when = _when(event["at"])
         move = f"{event['from'] or '-'} -> {event['to']}" if event["to"] else ""
         moves.add_row(when, event["kind"], move, _text(event["who"]), _text(event["because"], 240))
     console().print(moves)
@@ -79,6 +85,10 @@ def lineage_tree(facts: Mapping[str, Any]) -> Tree:
     return whole
 
 
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
 def _on_the_way(node: Mapping[str, Any]) -> bool:
     return bool(node["in_champion"])
 
@@ -88,7 +98,10 @@ def _label(node: Mapping[str, Any], champion: int | None) -> Text:
     text = f"v{node['version']}  {content}"
     if node["version"] == champion:
         return Text(f"{text}  <- champion", style="bold green")
-    return Text(text) if node["in_champion"] else Text(f"{text}  not in the champion", style="dim")
+    if node["state"] == "needs-approval":
+        return Text(f"{text}  waits for a person", style="yellow")
+    never = f"{node['state']}, " if node["state"] in ("declined", "superseded") else ""
+    return Text(text) if node["in_champion"] else Text(f"{text}  {never}not in the champion", style="dim")
 
 
 def print_show(facts: Mapping[str, Any]) -> None:
@@ -103,7 +116,7 @@ def print_show(facts: Mapping[str, Any]) -> None:
         "weights": facts["weights_sha256"],
         "base": facts["base_sha256"],
         "manifest": facts["manifest_sha256"],
-        "verdict": facts["verdict"],
+        "verdict": clean(facts["verdict"] + _by(facts["decided"]), 1000),
         "report": clean(facts["report"], LONG),
     }
     for key, value in rows.items():
@@ -112,6 +125,10 @@ def print_show(facts: Mapping[str, Any]) -> None:
     if facts["checks"]:
         print_checks(facts["checks"])
     print_accuracy(facts["accuracy"])
+
+
+def _by(decided: Mapping[str, Any] | None) -> str:
+    return f" by {decided['who']} on {_when(decided['at'])}: {decided['because']}" if decided else ""
 
 
 def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:

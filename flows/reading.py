@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flows.versions import REPORT_FILE, chain, find_merge, open_version
+from flows.waiting import decided_by, facts_of, state_of
 from flows.wiring import House, is_dead
 from registry.files import read_json
 from registry.lineage import Node, tree
@@ -22,6 +23,7 @@ def status(house: House, name: str) -> dict[str, Any]:
         "alias": house.mlflow.champion(name),
         "blocked": line.blocked,
         "working": "" if is_dead(holder) else holder,
+        "waiting": facts_of(house, name),
         "experts": {str(state): sum(each.state is state for each in experts) for state in ExpertState},
         "pending": [expert_facts(each) for each in experts if each.state is ExpertState.PENDING],
     }
@@ -32,10 +34,12 @@ def log(house: House, name: str) -> dict[str, Any]:
     experts = house.ledger.experts(name)
     champion = house.ledger.line(name).champion
     current = set(chain(house, name, champion)) if champion else set()
+    merges = house.ledger.merges(name)
+    states = {each.version: state_of(house, each) for each in merges if each.version is not None}
     return {
         "line": name,
         "champion": champion,
-        "versions": [_node(node, current) for node in tree(house.ledger.merges(name), experts)],
+        "versions": [{**_node(node, current), "state": states[node.version]} for node in tree(merges, experts)],
         "experts": [expert_facts(each) for each in experts],
         "events": [event_facts(each) for each in house.ledger.events(name)],
     }
@@ -60,7 +64,8 @@ def show(house: House, name: str, number: int | None) -> dict[str, Any]:
         "experts": [each._asdict() for each in memory.experts],
         "suites": dict(memory.suites),
         "profile": dict(memory.profile),
-        "verdict": merge.verdict.outcome,
+        "verdict": state_of(house, merge),
+        "decided": decided_by(house, merge),
         "checks": [asdict(check) for check in merge.verdict.checks],
         "accuracy": {task: _measured(score["value"]) for task, score in report["report"]["scores"].items()},
         "summary": report["summary"],

@@ -40,7 +40,7 @@ class Page(NamedTuple):
 
 
 def deployments(config: Config, config_file: str) -> list[Any]:
-    """Of every line `watch`, `nightly` and `rollback`.
+    """Of every line `watch`, `nightly`, `rollback` and `approval`, the form for a version that waits for a person.
 
     `watch` runs on its interval when the trigger is on-register, `nightly` on its cron unless the trigger is manual;
     whatever is not scheduled runs when asked.
@@ -49,6 +49,7 @@ def deployments(config: Config, config_file: str) -> list[Any]:
     from prefect.schedules import Cron
     from prefect.types.entrypoint import EntrypointType
 
+    from flows.approval import approval
     from flows.rollback import rollback
     from flows.watch import nightly, watch
 
@@ -64,6 +65,7 @@ def deployments(config: Config, config_file: str) -> list[Any]:
             watch.to_deployment(line, parameters=parameters, interval=interval, concurrency_limit=once, **common),
             nightly.to_deployment(line, parameters=parameters, schedule=cron, **common),
             rollback.to_deployment(line, parameters={**parameters, "because": "asked for in Prefect"}, **common),
+            approval.to_deployment(line, parameters=parameters, **common),
         ]
     return found
 

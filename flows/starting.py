@@ -13,9 +13,9 @@ from flows.champion import follow
 from flows.config import LineConfig
 from flows.leasing import held
 from flows.plan import numerics_profile
-from flows.publishing import PAGE_FILE, register, write_version_manifest
+from flows.publishing import register, write_version_manifest
 from flows.telling import say
-from flows.versions import REPORT_FILE, STATE_FILE, STATE_FORMAT, Memory
+from flows.versions import PAGE_FILE, REPORT_FILE, STATE_FILE, STATE_FORMAT, Memory
 from flows.wiring import House, merge_key
 from registry import intake
 from registry.files import write_atomic, write_json

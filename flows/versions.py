@@ -18,6 +18,9 @@ STATE_FORMAT = 2  # of the memory and the slots; raised when what they say means
 STATE_FOLDER = "foldin/state"
 HEADS = "heads"
 REPORT_FILE = "foldin/report.json"
+PAGE_FILE = "foldin/report.html"
+PLOTS = "foldin/plots"
+ANSWERS = "foldin/predictions"
 
 
 class Folded(NamedTuple):

@@ -7,12 +7,14 @@ from uuid import UUID
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 
+from flows.approval import present
 from flows.champion import reconcile
 from flows.discovery import discover
 from flows.leasing import held
 from flows.merge import MAX_ATTEMPTS, merge_expert
 from flows.starting import start
 from flows.telling import say
+from flows.waiting import WAITS, stands_still, waiting
 from flows.wiring import House, house
 from registry.records import ExpertState, Lease
 
@@ -25,14 +27,15 @@ def watch(line: str, config_file: str = "foldin.toml") -> list[dict[str, Any]]:
     start(at, line, settings)
     with held(at, line, told=say) as lease:
         free = reconcile(at, lease, say)
+        present(at, line)
         discover(at, lease, settings)
         tidy(at, lease)
-    return fold_pending(line, config_file) if free else []
+    return fold_pending(line, config_file) if free and not stands_still(at, line) else []
 
 
 def tidy(house: House, lease: Lease) -> None:
-    """Empty the line's scratch folder when nothing waits: a run that died after its last commit left its candidate."""
-    if not house.ledger.experts(lease.line, ExpertState.PENDING):
+    """Empty the line's scratch folder when nothing is to be folded: a run that died after its commit left it there."""
+    if not house.ledger.experts(lease.line, ExpertState.PENDING) or waiting(house, lease.line):
         shutil.rmtree(house.work(lease.line), ignore_errors=True)
 
 
@@ -48,11 +51,11 @@ def nightly(line: str, config_file: str = "foldin.toml") -> list[dict[str, Any]]
 def fold_pending(line: str, config_file: str) -> list[dict[str, Any]]:
     """Fold the experts that wait, one flow run each, until none can be folded now."""
     at = house(config_file)
-    waiting = len(at.ledger.experts(line, ExpertState.PENDING))
+    pending = len(at.ledger.experts(line, ExpertState.PENDING))
     outcomes: list[dict[str, Any]] = []
-    if not waiting:
+    if not pending:
         return outcomes
-    shown = create_progress_artifact(0.0, key="folding", description=f"{line}: {waiting} waiting")
+    shown = create_progress_artifact(0.0, key="folding", description=f"{line}: {pending} waiting")
     assert isinstance(shown, UUID), "inside a synchronous flow it is no coroutine"
     crashes = 0
     while at.ledger.experts(line, ExpertState.PENDING):
@@ -70,5 +73,7 @@ def fold_pending(line: str, config_file: str) -> list[dict[str, Any]]:
             break
         crashes = 0
         outcomes.append(outcome)
-        update_progress_artifact(shown, progress=min(100.0, 100.0 * len(outcomes) / waiting))
+        update_progress_artifact(shown, progress=min(100.0, 100.0 * len(outcomes) / pending))
+        if outcome["state"] == WAITS:
+            break
     return outcomes

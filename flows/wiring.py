@@ -164,7 +164,7 @@ def merge_key(
     Args:
         line: name of the line.
         parent: SHA-256 of the parent version's manifest, which covers its weights and its state.
-        expert: digest of the expert's files.
+        expert: its name and the digest of its files.
         task: the expert's task.
         suite: identity of the suite that measures it.
         settings: the line's settings; those that change weights or verdict are part of the key.
@@ -185,5 +185,6 @@ def merge_key(
         "guards": sorted(settings.guards),
         "search": asdict(settings.search),
         **({"weight": weight} if weight != 1 else {}),
+        "approval": settings.approval,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -7,12 +7,24 @@ gives progress, the fence gives safety. Times come from the database.
 import json
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import func, insert, select, update
 
-from registry import database
+from registry import database, rows
 from registry.leases import Leases
-from registry.records import Event, Expert, ExpertState, ExpertVersion, FoldinError, Lease, Line, Merge, Refusal, plain
-from registry.rows import event_from, expert_from, line_from, merge_from, move_champion, note
+from registry.records import (
+    Decision,
+    Event,
+    Expert,
+    ExpertState,
+    ExpertVersion,
+    FoldinError,
+    Lease,
+    Line,
+    Merge,
+    Refusal,
+    plain,
+)
+from registry.rows import check_parent, event_from, expert_from, line_from, merge_from, move_champion, note
 from registry.schema import events, experts, leases, lines, merges, now
 
 
@@ -78,8 +90,7 @@ class Ledger:
     def lines(self) -> list[Line]:
         """Every line, by name."""
         with database.transaction(self._engine) as tx:
-            rows = tx.execute(select(lines).order_by(lines.c.name)).all()
-        return [line_from(row) for row in rows]
+            return [line_from(row) for row in tx.execute(select(lines).order_by(lines.c.name))]
 
     def block(self, lease: Lease, because: str) -> None:
         """Keep a line from folding until `because` is "" again; each change is an event."""
@@ -166,8 +177,8 @@ class Ledger:
     def merges(self, line: str) -> list[Merge]:
         """Every gated merge of a line, oldest first; the first is the base itself."""
         with database.transaction(self._engine) as tx:
-            rows = tx.execute(select(merges).where(merges.c.line == line).order_by(merges.c.id)).all()
-        return [merge_from(row) for row in rows]
+            query = select(merges).where(merges.c.line == line).order_by(merges.c.id)
+            return [merge_from(row) for row in tx.execute(query)]
 
     def record_verdict(self, lease: Lease, merge: Merge) -> Merge:
         """Store the gate's answer; the first one for a merge key stands, and is returned."""
@@ -197,15 +208,26 @@ class Ledger:
             The move, not done yet; `confirm` it once the alias was seen on the target.
         """
         with self.leases.fenced(lease) as tx:
-            tx.execute(
-                update(merges)
-                .where(merges.c.merge_key == merge_key)
-                .values(version=version, manifest_sha256=manifest_sha256)
-            )
-            merge = tx.execute(select(merges).where(merges.c.merge_key == merge_key)).one()
-            _check_parent(tx, lease.line, merge.parent)
+            key = merges.c.merge_key == merge_key
+            tx.execute(update(merges).where(key).values(version=version, manifest_sha256=manifest_sha256))
+            merge = tx.execute(select(merges).where(key)).one()
+            check_parent(tx, lease.line, merge.parent)
             kind = "init" if merge.parent is None else "fold"
             return move_champion(tx, lease, kind, version, because="", who="foldin")
+
+    def hold(self, lease: Lease, held: Merge, manifest_sha256: str) -> None:
+        """Let a registered version wait for a person; its expert stays pending, the champion where it is."""
+        with self.leases.fenced(lease) as tx:
+            rows.hold(tx, lease, held, manifest_sha256)
+
+    def decide(self, lease: Lease, waiting: Merge, decision: Decision, because: str, who: str) -> Event:
+        """A person's answer to a version that waits; approved, it is a move of the champion, to be confirmed.
+
+        Raises:
+            FoldinError: E_FENCED when the line was taken over, or the champion is not the version's parent any more.
+        """
+        with self.leases.fenced(lease) as tx:
+            return rows.decide(tx, lease, waiting, decision, because, who)
 
     def move(self, lease: Lease, kind: str, target: int, because: str, who: str) -> Event:
         """Make an older or newer version of the line the champion: a rollback, an adoption, a repair."""
@@ -220,25 +242,9 @@ class Ledger:
     def events(self, line: str) -> list[Event]:
         """The history of a line, oldest first."""
         with database.transaction(self._engine) as tx:
-            rows = tx.execute(select(events).where(events.c.line == line).order_by(events.c.id)).all()
-        return [event_from(row) for row in rows]
+            query = select(events).where(events.c.line == line).order_by(events.c.id)
+            return [event_from(row) for row in tx.execute(query)]
 
     def _on_expert(self, lease: Lease, expert: Expert, values: dict[str, Any]) -> None:
         with self.leases.fenced(lease) as tx:
             tx.execute(update(experts).where(experts.c.id == expert.id).values(**values))
-
-
-def _check_parent(tx: Connection, line: str, parent: int | None) -> None:
-    """A fold is committed only onto the version that it folded into; anything else would undo what came between."""
-    champion = tx.execute(select(lines.c.champion).where(lines.c.name == line)).scalar_one()
-    if champion != parent:
-        raise FoldinError(
-            Refusal(
-                code="E_FENCED",
-                what="the champion changed while this run folded; it may not be promoted",
-                where=f"line {line}",
-                expected=f"version {parent}" if parent else "no champion yet",
-                found=f"version {champion}",
-                remedy="run the watch again; the expert is folded into the champion there is now",
-            )
-        )

@@ -23,6 +23,7 @@ from registry.files import MANIFEST, shown, verify_manifest
 from registry.records import ExpertVersion, FoldinError, Refusal
 
 CHAMPION = "champion"
+CANDIDATE = "candidate"  # the version that waits for a person; users do not load it
 MERGE_KEY = "foldin.merge_key"
 PARENT = "mlflow.parentRunId"
 TAG_LIMIT = 400  # characters; documents go into artifacts, short facts into tags
@@ -86,13 +87,25 @@ class MlflowStore:
 
     def champion(self, line: str) -> int | None:
         """The version the alias stands on; None when it stands nowhere."""
+        return self._alias(line, CHAMPION)
+
+    def candidate(self, line: str) -> int | None:
+        """The version that is shown as waiting for a person; None when none is."""
+        return self._alias(line, CANDIDATE)
+
+    def point_candidate(self, line: str, version: int | None) -> None:
+        """Show a version, or with None no version, as the one that waits."""
         with self._reached():
-            try:
-                return int(self._client.get_model_version_by_alias(line, CHAMPION).version)
-            except MlflowException as error:
-                if _missing(error) or error.error_code == "INVALID_PARAMETER_VALUE":
-                    return None
-                raise
+            if version is None:
+                self._client.delete_registered_model_alias(line, CANDIDATE)
+            else:
+                self._client.set_registered_model_alias(line, CANDIDATE, str(version))
+
+    def label(self, line: str, version: int, tags: Mapping[str, str]) -> None:
+        """Set tags on a registered version."""
+        with self._reached():
+            for key, value in _short(tags).items():
+                self._client.set_model_version_tag(line, str(version), key, value)
 
     def point_champion(self, line: str, version: int) -> None:
         """Move the alias and see that it moved.
@@ -245,6 +258,15 @@ class MlflowStore:
         return found.model_id if found else ""
 
     # the machinery
+
+    def _alias(self, line: str, name: str) -> int | None:
+        with self._reached():
+            try:
+                return int(self._client.get_model_version_by_alias(line, name).version)
+            except MlflowException as error:
+                if _missing(error) or error.error_code == "INVALID_PARAMETER_VALUE":
+                    return None
+                raise
 
     @contextmanager
     def _reached(self) -> Iterator[None]:

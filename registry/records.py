@@ -242,6 +242,13 @@ class Expert:
         return f"{self.model} v{self.version}"
 
 
+class Decision(StrEnum):
+    """What a person said of a version that waited."""
+
+    APPROVED = "approved"
+    DECLINED = "declined"
+
+
 @dataclass(frozen=True)
 class Merge:
     """One gated fold: which expert into which parent, and what came of it."""
@@ -254,6 +261,18 @@ class Merge:
     run_id: str = ""
     version: int | None = None  # None: not registered (yet), or rejected
     manifest_sha256: str = ""
+    decided: Decision | None = None  # None: no person was asked, or none has answered
+    created: float = 0.0  # when it was gated, or last began to wait; seconds since the epoch, the database's clock
+
+    @property
+    def may_serve(self) -> bool:
+        """Whether its version may be champion: the gate or a person said yes."""
+        return self.verdict.passed or self.decided is Decision.APPROVED
+
+    @property
+    def undecided(self) -> bool:
+        """Whether its version was kept for a person who has not answered."""
+        return self.verdict.outcome is Outcome.WAITING and self.version is not None and self.decided is None
 
 
 @dataclass(frozen=True)
@@ -262,7 +281,7 @@ class Event:
 
     id: int
     line: str
-    kind: str  # init, fold, rollback, adopted, repaired, blocked, unblocked
+    kind: str  # init, fold, approved, rollback, adopted, repaired; no moves: waiting, declined, blocked, unblocked
     origin: int | None
     target: int | None
     because: str

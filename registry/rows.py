@@ -6,7 +6,20 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select, update
 
 from registry.lineage import ancestry
-from registry.records import Check, Event, Expert, ExpertState, Lease, Line, Merge, Outcome, Verdict
+from registry.records import (
+    Check,
+    Decision,
+    Event,
+    Expert,
+    ExpertState,
+    FoldinError,
+    Lease,
+    Line,
+    Merge,
+    Outcome,
+    Refusal,
+    Verdict,
+)
 from registry.schema import events, experts, lines, merges, now
 
 
@@ -41,8 +54,18 @@ def event_from(row: Row[Any]) -> Event:
 def merge_from(row: Row[Any]) -> Merge:
     """A gated merge as the ledger holds it."""
     verdict = verdict_from(json.loads(row.verdict))
+    decided = Decision(row.outcome) if row.outcome in set(Decision) else None
     return Merge(
-        row.merge_key, row.line, row.expert_id, row.parent, verdict, row.run_id, row.version, row.manifest_sha256
+        row.merge_key,
+        row.line,
+        row.expert_id,
+        row.parent,
+        verdict,
+        row.run_id,
+        row.version,
+        row.manifest_sha256,
+        decided,
+        row.created,
     )
 
 
@@ -61,6 +84,31 @@ def move_champion(tx: Connection, lease: Lease, kind: str, target: int, because:
     )  # who takes the line over ends other runs, not experts
     _settle_ancestry(tx, lease.line, target, f"the champion was moved from version {origin} to {target}: {because}")
     return note(tx, lease, kind, because=because, who=who, origin=origin, target=target, done=False)
+
+
+def hold(tx: Connection, lease: Lease, held: Merge, manifest_sha256: str) -> None:
+    """Let a registered version wait for a person, inside a fenced transaction. What was declined before waits anew."""
+    check_parent(tx, lease.line, held.parent)
+    facts = {"version": held.version, "manifest_sha256": manifest_sha256, "expert_id": held.expert_id}
+    key = merges.c.merge_key == held.merge_key
+    tx.execute(update(merges).where(key).values(outcome=held.verdict.outcome, created=now(), **facts))
+    tx.execute(update(experts).where(experts.c.id == held.expert_id).values(attempts=0))
+    because = held.verdict.reason or "it passed its gate, and the line asks a person all the same"
+    note(tx, lease, "waiting", because=f"v{held.version}: {because}", done=True)
+
+
+def decide(tx: Connection, lease: Lease, waiting: Merge, decision: Decision, because: str, who: str) -> Event:
+    """A person's answer, inside a fenced transaction: the version is champion, or its expert is rejected."""
+    assert waiting.version is not None
+    key = merges.c.merge_key == waiting.merge_key
+    tx.execute(update(merges).where(key).values(outcome=decision))
+    if decision is Decision.APPROVED:
+        check_parent(tx, lease.line, waiting.parent)  # refused, nothing above was written
+        return move_champion(tx, lease, decision, waiting.version, because, who)
+    reason = f"{who} declined v{waiting.version}: {because}"
+    end = {"state": ExpertState.REJECTED, "code": "E_DECLINED", "reason": reason, "settled": now()}
+    tx.execute(update(experts).where(experts.c.id == waiting.expert_id).values(**end))
+    return note(tx, lease, decision, because=f"v{waiting.version}: {because}", who=who, done=True)
 
 
 def note(
@@ -92,3 +140,19 @@ def _settle_ancestry(tx: Connection, line: str, champion: int, reason: str) -> N
     tx.execute(
         update(experts).where(back).values(state=ExpertState.FOLDED, code="", reason="", attempts=0, settled=now())
     )
+
+
+def check_parent(tx: Connection, line: str, parent: int | None) -> None:
+    """A fold is committed only onto the version that it folded into; anything else would undo what came between."""
+    champion = tx.execute(select(lines.c.champion).where(lines.c.name == line)).scalar_one()
+    if champion != parent:
+        raise FoldinError(
+            Refusal(
+                code="E_FENCED",
+                what="the champion changed while this run folded; it may not be promoted",
+                where=f"line {line}",
+                expected=f"version {parent}" if parent else "no champion yet",
+                found=f"version {champion}",
+                remedy="run the watch again; the expert is folded into the champion there is now",
+            )
+        )

@@ -76,7 +76,7 @@ merges = Table(
     Column("merge_key", String(64), nullable=False, unique=True),
     Column("expert_id", ForeignKey("experts.id")),  # None: the base itself
     Column("parent", Integer),  # version folded into; None: the base itself
-    Column("outcome", String(20), nullable=False),
+    Column("outcome", String(20), nullable=False),  # the gate's; once a person decided, approved or declined
     Column("verdict", Text, nullable=False),  # json of records.Verdict
     Column("run_id", String(64), nullable=False, default=""),  # MLflow run that shows it
     Column("version", Integer),  # registered version; None while unregistered or rejected
@@ -91,7 +91,7 @@ events = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("line", ForeignKey("lines.name"), nullable=False),
-    Column("kind", String(20), nullable=False),  # init, fold, rollback, adopted, repaired, blocked, unblocked
+    Column("kind", String(20), nullable=False),  # as in records.Event
     Column("origin", Integer),  # champion before a move
     Column("target", Integer),  # champion after it
     Column("because", Text, nullable=False, default=""),

@@ -76,7 +76,14 @@ def make_expert(base, folder, seed, size=0.02):
     return folder
 
 
-LONGEST = ("test_kill.py", "test_serving.py", "test_schedule.py", "test_loop.py", "test_bad_experts.py")
+LONGEST = (
+    "test_kill.py",
+    "test_approval.py",
+    "test_serving.py",
+    "test_schedule.py",
+    "test_loop.py",
+    "test_bad_experts.py",
+)
 
 
 def pytest_collection_modifyitems(items):

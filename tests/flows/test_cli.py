@@ -20,7 +20,8 @@ from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Me
 
 SLOW = ("torch", "transformers", "mlflow", "prefect", "sqlalchemy", "pyarrow", "matplotlib", "rich")
 VERBS = {
-    *("demo", "init", "add", "serve", "watch", "merge", "status", "log", "show", "score", "rollback", "ui", "doctor")
+    *("demo", "init", "add", "serve", "watch", "merge", "status", "log", "show", "score", "rollback", "ui", "doctor"),
+    *("approve", "reject"),
 }
 LINE = '[lines.tiny]\nbase = "base"\nexperts = ["tiny-experts"]\n'
 HOSTILE = "[red]x[/] [/] :skull: \x1b[31mred\x1b[0m \u202egnp.exe \x07\x9b1m\r\nnext \u200bzero \u2028line"
@@ -230,7 +231,9 @@ def history(versions, *, champion, children=lambda version: [version + 1]):
     return {
         "line": HOSTILE,
         "champion": champion,
-        "versions": [reading._node(node, set(range(1, champion + 1))) for node in tree(merges, known)],
+        "versions": [
+            {**reading._node(node, set(range(1, champion + 1))), "state": "passed"} for node in tree(merges, known)
+        ],
         "experts": [],
         "events": [],
     }
@@ -248,10 +251,12 @@ def test_words_of_strangers_are_printed_as_they_are_and_obeyed_by_nothing(capsys
         "parents": [1],
         "experts": [{"model": HOSTILE, "version": 1, "task": HOSTILE}],
     }
-    shown |= {**digests, "method": "opcm", "parameters": {HOSTILE: HOSTILE}, "verdict": "passed", "report": HOSTILE}
+    shown |= {**digests, "method": "opcm", "parameters": {HOSTILE: HOSTILE}, "verdict": "approved", "report": HOSTILE}
+    shown |= {"decided": {"who": HOSTILE, "because": HOSTILE, "at": 0.0}}
+    waiting = {"version": 2, "expert": HOSTILE, "since": 0.0, "reason": HOSTILE}
     printed = {
         "status": lambda: printing.print_status(
-            [{"line": HOSTILE, "champion": 1, "blocked": HOSTILE, "working": "", "experts": counts}]
+            [{"line": HOSTILE, "champion": 1, "blocked": HOSTILE, "working": "", "experts": counts, "waiting": waiting}]
         ),
         "log": lambda: printing.print_log({**history(2, champion=2), "experts": [expert], "events": [event]}),
         "show": lambda: printing.print_show({**shown, "checks": [check], "accuracy": {HOSTILE: 0.5}}),

@@ -117,6 +117,8 @@ def test_other_places_are_taken_as_they_are(write, key, value):
         (f'{LINE}gate = "strict"', ["gate has the wrong type", "Expected a table", "Found 'strict'"]),
         (f"{LINE}suites = {{ city = 3 }}", ["suites has the wrong type", "Expected a table of texts", "'city': 3"]),
         (f'{LINE}trigger = "hourly"', ["trigger is unknown", "on-register, nightly, manual", "Found 'hourly'"]),
+        (f'{LINE}approval = "yes"', ["approval is unknown", "never, on-reject, always", "Found 'yes'"]),
+        (f'{LINE}notify = ["slack"]', ["notify names no block", "TYPE/NAME", "Found 'slack'"]),
         (f"{LINE}interval = 0", ["interval is out of range", "0.1 or more", "Found 0"]),
         (f"{LINE}interval = nan", ["interval is out of range", "Found nan"]),
         (f"{LINE}upload_patience = -1", ["upload_patience is out of range", "0 or more", "Found -1"]),

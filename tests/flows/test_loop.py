@@ -233,6 +233,16 @@ def test_the_gate_rejects_and_the_next_expert_is_folded_all_the_same(at, zoo, tm
     assert [each["state"] for each in look(house(str(toml)))] == ["folded"]
 
 
+def test_a_rejected_expert_that_is_registered_again_is_judged_anew(at, zoo):
+    toml = at.config.folder / "foldin.toml"
+    toml.write_text(toml.read_text().replace("min_expert_gain = -1.0", "min_expert_gain = 0.9"))
+    house.cache_clear()
+    strict = house(str(toml))
+    for _ in range(2):
+        register(strict, zoo / "expert-1", "task-1")
+    assert [each["state"] for each in look(strict)] == ["rejected", "rejected"]
+
+
 def test_nothing_is_left_in_scratch_and_versions_are_self_contained(at, zoo):
     register(at, zoo / "expert-1", "task-1")
     look(at)

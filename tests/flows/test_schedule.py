@@ -102,7 +102,9 @@ def serving(workshop, api, monkeypatch):
 
 def test_what_is_scheduled_runs_and_what_is_asked_for_runs_and_nothing_stays(workshop, zoo, api, serving):
     process, mark = serving
-    names = [f"{flow}/{line}" for flow in ("watch", "nightly", "rollback") for line in ("tiny", "dusk", "still")]
+    names = [
+        f"{flow}/{line}" for flow in ("watch", "nightly", "rollback", "approval") for line in ("tiny", "dusk", "still")
+    ]
     found = wait_for(lambda: deployments(api, names))
 
     def scheduled(name):
@@ -119,6 +121,7 @@ def test_what_is_scheduled_runs_and_what_is_asked_for_runs_and_nothing_stays(wor
         "watch/tiny": "flows.watch.watch",
         "nightly/tiny": "flows.watch.nightly",
         "rollback/tiny": "flows.rollback.rollback",
+        "approval/tiny": "flows.approval.approval",
     }
     # With the wrong SQLAlchemy the scheduler says nothing and schedules nothing.
     nights = wait_for(lambda: scheduled("nightly/dusk"))

@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from registry import database
 from registry.ledger import Ledger
-from registry.records import ExpertState, ExpertVersion, FoldinError, Merge, Outcome, Verdict
+from registry.records import Decision, ExpertState, ExpertVersion, FoldinError, Merge, Outcome, Verdict
 
 PASSED = Verdict(Outcome.PASSED)
 
@@ -293,3 +293,50 @@ def test_the_newest_migration_is_the_one_the_code_expects_and_makes_the_tables_i
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == database.HEAD
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
+
+
+def let_wait(ledger):
+    """Version 2, folded from the first of two experts into the base, waits for a person."""
+    lease = ledger.leases.claim("demo", "me", 60)
+    promote(ledger, lease, "k1", None, None, 1)
+    for version in (1, 2):
+        enrol(ledger, version)
+    merge = Merge("k2", "demo", ledger.experts("demo")[0].id, 1, Verdict(Outcome.WAITING), version=2)
+    ledger.record_verdict(lease, merge)
+    ledger.hold(lease, merge, "m" * 64)
+    return lease, ledger.merge("k2")
+
+
+def test_what_waits_changes_neither_champion_nor_expert(ledger):
+    _, merge = let_wait(ledger)
+    assert (merge.version, merge.manifest_sha256, merge.undecided, merge.may_serve) == (2, "m" * 64, True, False)
+    assert ledger.line("demo").champion == 1
+    assert [expert.state for expert in ledger.experts("demo")] == ["pending", "pending"]
+    assert [(event.kind, event.target) for event in ledger.events("demo")] == [("init", 1), ("waiting", None)]
+
+
+def test_approving_is_a_move_of_the_champion_and_declining_ends_the_expert(ledger):
+    lease, merge = let_wait(ledger)
+    move = ledger.decide(lease, merge, Decision.APPROVED, "good", "ann")
+    assert (move.kind, move.origin, move.target, move.who, move.done) == ("approved", 1, 2, "ann", False)
+    assert ledger.line("demo").champion == 2
+    assert [expert.state for expert in ledger.experts("demo")] == ["folded", "pending"]
+    assert (ledger.merge("k2").may_serve, ledger.merge("k2").undecided) == (True, False)
+    second = Merge("k3", "demo", ledger.experts("demo")[1].id, 2, Verdict(Outcome.WAITING), version=3)
+    ledger.record_verdict(lease, second)
+    ledger.hold(lease, second, "m" * 64)
+    declined = ledger.decide(lease, second, Decision.DECLINED, "odd", "bob")
+    assert (declined.kind, declined.target, declined.because) == ("declined", None, "v3: odd")
+    expert = ledger.experts("demo")[1]
+    assert (expert.state, expert.code, expert.reason) == ("rejected", "E_DECLINED", "bob declined v3: odd")
+    assert (ledger.merge("k3").may_serve, ledger.merge("k3").decided) == (False, Decision.DECLINED)
+
+
+def test_nothing_is_approved_into_a_champion_that_was_moved_or_by_a_run_that_was_overtaken(ledger):
+    lease, merge = let_wait(ledger)
+    ledger.move(lease, "rollback", 2, "a test", "ann")
+    for _ in range(2):
+        with pytest.raises(FoldinError, match="E_FENCED"):
+            ledger.decide(lease, merge, Decision.APPROVED, "good", "ann")
+        lease = ledger.leases.seize("demo", "other", 60) and lease
+    assert ledger.merge("k2").undecided

@@ -1,0 +1,47 @@
+"""What one merge works with, and what it is called."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from flows.admission import Admitted
+from flows.config import LineConfig
+from flows.versions import Version, chain, open_version
+from flows.wiring import House, merge_key
+from registry.records import Expert, ExpertVersion, Lease
+
+
+class Work(NamedTuple):
+    """What one merge works with."""
+
+    house: House
+    settings: LineConfig
+    lease: Lease
+    expert: Expert
+    found: ExpertVersion  # the expert as MLflow shows it
+    base: Version
+    parent: Version
+
+    def key(self, admitted: Admitted) -> str:
+        """The merge's name, made of everything that decides its result."""
+        expert = f"{self.expert.name}:{admitted.tree_sha256}"  # registered again, the same files are judged anew
+        parts = (self.parent.manifest_sha256, expert, admitted.task, admitted.suite.sha256)
+        return merge_key(self.lease.line, *parts, self.settings, admitted.weight)
+
+    def scratch(self, admitted: Admitted) -> Path:
+        """The folder of this merge alone."""
+        return self.house.work(self.lease.line) / self.key(admitted)
+
+    def run(self, admitted: Admitted) -> str:
+        """The MLflow run that shows the merge."""
+        line, tags = self.lease.line, {"foldin.expert": self.expert.name}
+        return self.house.mlflow.run_for(line, self.key(admitted), f"{line}: {self.expert.name}", tags)
+
+
+def work_on(at: House, settings: LineConfig, lease: Lease, expert: Expert, found: ExpertVersion) -> Work:
+    """Everything a merge reads, verified: the champion it folds into and the base."""
+    champion = at.ledger.line(lease.line).champion
+    assert champion is not None, "reconcile lets nothing be folded before the base is champion"
+    parent = open_version(at, lease.line, champion)
+    first = chain(at, lease.line, champion)[-1]
+    base = parent if first == champion else open_version(at, lease.line, first)
+    return Work(at, settings, lease, expert, found, base, parent)
