@@ -28,7 +28,7 @@ def digits(tmp_path_factory):
         digit_zoo._train(base, splits.train, SMALL.pretraining_steps, SMALL.pretraining_rate, SMALL.batch)
         digit_zoo._save_base(base, out / "base")
         near, far = SMALL._replace(expert_rate=3e-4), SMALL._replace(expert_rate=1e-3, expert_steps=150)
-        digit_zoo.make_expert(base, splits, "flipped", out / "near", near)
+        digit_zoo.make_expert(base, splits, "plain", out / "near", near)
         digit_zoo.make_expert(base, splits, "rotated", out / "far", far)
     return out
 
@@ -41,6 +41,7 @@ def line(digits, tmp_path, prefect):
         from flows.watch import watch
 
         text = f'[lines.digits]\nbase = "{digits / "base"}"\nexperts = ["digit-experts"]\n{extra}\n'
+        text += "gate = { min_expert_gain = -1.0, min_gain = -1.0, max_norm_ratio = 10.0 }\n"  # the base knows plain digits already
         (tmp_path / "foldin.toml").write_text(text)
         at = house(str(tmp_path / "foldin.toml"))
 
@@ -63,7 +64,7 @@ def children(at, run_id):
 
 def test_an_expert_that_fails_as_configured_is_folded_at_the_strength_that_passes(line):
     at, register = line()
-    outcomes = register("near", "flipped")
+    outcomes = register("near", "plain")
     assert [each["state"] for each in outcomes] == ["folded"], outcomes
     outcomes = register("far", "rotated")
     assert [each["state"] for each in outcomes] == ["folded"], outcomes
@@ -76,7 +77,7 @@ def test_an_expert_that_fails_as_configured_is_folded_at_the_strength_that_passe
     tries = children(at, merge.run_id)
     failed, chosen = tries["as configured"], tries[f"strength x {factor:g}"]
     assert (failed.data.tags["foldin.passed"], chosen.data.tags["foldin.passed"]) == ("false", "true")
-    assert "flipped" in failed.data.tags["foldin.reason"]
+    assert "plain" in failed.data.tags["foldin.reason"]
     assert chosen.data.params["strength"] == str(factor)
     assert (failed.data.metrics["chosen"], chosen.data.metrics["chosen"]) == (0.0, 1.0)
     # The parameters are in the lineage: of the version, of the run, and of the next fold.
@@ -87,7 +88,7 @@ def test_an_expert_that_fails_as_configured_is_folded_at_the_strength_that_passe
     assert f"strength x {factor:g} is best" in run.data.tags["foldin.search"]
     # The gate decided on other rows than the search, and passed.
     assert merge.verdict.passed
-    answers = read_answers(version.folder / "foldin/predictions/flipped.parquet")
+    answers = read_answers(version.folder / "foldin/predictions/plain.parquet")
     assert (answers.split, answers.examples) == ("gate", digit_zoo.GATE)
     report = json.loads((version.folder / REPORT_FILE).read_text())
     assert [each["name"] for each in report["tries"] if each["chosen"]] == [f"strength x {factor:g}"]
@@ -96,8 +97,8 @@ def test_an_expert_that_fails_as_configured_is_folded_at_the_strength_that_passe
 
 def test_without_a_search_the_same_expert_is_rejected(line):
     at, register = line('search = { when = "never" }')
-    register("near", "flipped")
+    register("near", "plain")
     (outcome,) = register("far", "rotated")
     assert outcome["state"] == "rejected"
-    assert "flipped: " in outcome["reason"]
+    assert "plain: " in outcome["reason"]
     assert at.ledger.line("digits").champion == 2
