@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -75,7 +75,7 @@ def _loaded(suite: Suite) -> Any:  # noqa: ANN401 - the harness's own
     from lm_eval.tasks._yaml_loader import load_yaml
 
     own = TaskManager(include_path=str(suite.include), include_defaults=False) if suite.include else None
-    manager = own if own and suite.harness_task in own.task_index else TaskManager()
+    manager = own if own and suite.harness_task in own.task_index else _shipped()
     entry = manager.task_index.get(suite.harness_task)
     if entry is None:
         return f"lm-evaluation-harness has no task {suite.harness_task}"
@@ -84,6 +84,14 @@ def _loaded(suite: Suite) -> Any:  # noqa: ANN401 - the harness's own
     if own and manager is own and entry.kind.name == "TASK":
         return own.load(_with_data(load_yaml(entry.yaml_path), entry.yaml_path.parent))
     return manager.load(suite.harness_task)
+
+
+@cache
+def _shipped() -> Any:  # noqa: ANN401 - the harness's own
+    """The tasks that come with the harness; reading their thousands of files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _with_data(task: dict[str, Any], folder: Path) -> dict[str, Any]:
