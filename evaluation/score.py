@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from evaluation import classify, functions, language
+from evaluation import classify, functions, harness, language
 from evaluation.classify import Embedder, Progress, Weights
 from evaluation.clock import Clock, started
 from evaluation.language import Language
@@ -28,6 +28,14 @@ class Bench(NamedTuple):
     batch_size: int
     encoder: Callable[[], Embedder]
     language: Callable[[], Language]
+
+
+class Task(NamedTuple):
+    """What one suite needs beside the model."""
+
+    suite: Suite
+    anchors: Tensor | None
+    head: Weights | None
 
 
 class Scope(NamedTuple):
@@ -77,7 +85,8 @@ def score(
     another shape.
     """
     bench, scope = _bench(folder, weights, device, batch_size), Scope(split, sample, seconds)
-    return _timed(suite, scope, lambda clock: _measure(bench, suite, scope, anchors, head, clock, progress))
+    task = Task(suite, anchors, head)
+    return _timed(suite, scope, lambda clock: _measure(bench, task, scope, clock, progress))
 
 
 def score_all(
@@ -103,9 +112,9 @@ def score_all(
     if any(suite.kind == "zero-shot-text" for suite in suites.values()):
         bench.encoder()
     scores: dict[str, TaskScore] = {}
-    for task, suite in suites.items():
-        own, head = (anchors or {}).get(task), (heads or {}).get(task)
-        scores[task] = _timed(suite, scope, lambda clock: _tried(bench, suite, scope, own, head, clock))  # noqa: B023
+    for name, suite in suites.items():
+        task = Task(suite, (anchors or {}).get(name), (heads or {}).get(name))
+        scores[name] = _timed(suite, scope, partial(_tried, bench, task, scope))
         if progress:
             progress(len(scores), len(suites))
     return scores
@@ -138,28 +147,17 @@ def _timed(suite: Suite, scope: Scope, measured: Callable[[Clock], Measure | str
     return replace(blank, **facts, seconds=clock.taken())
 
 
-def _tried(
-    bench: Bench, suite: Suite, scope: Scope, anchors: Tensor | None, head: Weights | None, clock: Clock
-) -> Measure | str:
+def _tried(bench: Bench, task: Task, scope: Scope, clock: Clock) -> Measure | str:
     try:
-        return _measure(bench, suite, scope, anchors, head, clock, None)
+        return _measure(bench, task, scope, clock, None)
     except FoldinError as error:
         return str(error)
 
 
-def _measure(
-    bench: Bench,
-    suite: Suite,
-    scope: Scope,
-    anchors: Tensor | None,
-    head: Weights | None,
-    clock: Clock,
-    progress: Progress | None,
-) -> Measure | str:
+def _measure(bench: Bench, task: Task, scope: Scope, clock: Clock, progress: Progress | None) -> Measure | str:
     folder, weights, device, batch_size, *_ = bench
+    suite = task.suite
     if suite.kind == "lm-eval":
-        from evaluation import harness
-
         return harness.measure(suite, bench.language(), scope.split, scope.sample, batch_size, clock)
     examples = read_examples(suite, scope.split, scope.sample)
     if suite.kind == "python":
@@ -167,7 +165,7 @@ def _measure(
     if suite.kind == "causal-lm":
         return language.measure(bench.language(), suite, examples, batch_size, clock, progress)
     if suite.kind == "zero-shot-text":
-        reader = classify.nearest(suite, bench.encoder(), anchors, device)
+        reader = classify.nearest(suite, bench.encoder(), task.anchors, device)
     else:
-        reader = classify.headed(folder, weights, suite, head, device)
+        reader = classify.headed(folder, weights, suite, task.head, device)
     return classify.measure(reader, examples, batch_size, clock, progress)

@@ -86,7 +86,10 @@ def read_examples(suite: Suite, split: str = "gate", sample: int = SAMPLE) -> Ex
     that nobody chooses it. A suite without data has no rows. Raises FoldinError (E_SUITE) when the split has no rows
     or the file does not hold what the suite says.
     """
-    if suite.data is None and split != "tune":
+    if suite.data is None and split == "tune":
+        where, remedy = f"suite of task {clean(suite.task)}", "give it data, or do not search on this task"
+        raise refuse("the suite has no rows kept for tuning", where, remedy=remedy)
+    if suite.data is None:
         return Examples([], [])
     from evaluation.rows import read_rows
 

