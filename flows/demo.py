@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from experiments.texts import TextTask
 
 HEADING = "# The demonstration line. Everything below is embedded: SQLite and local folders.\n"
+SETTINGS = """approval = "on-reject"  # what the gate rejects waits for a person
+
+[lines.demo.search]
+when = "always"  # also when an expert passes: another strength may be better
+"""
 LINE = "demo"
 EXPERTS = "demo-experts"
 BAD, BROKEN = "line", "script"  # tasks of the expert trained on shuffled labels, and of the one with a NaN
@@ -73,7 +78,9 @@ def _prepare(config_file: Path, base: Path, story: Story) -> "Mapping[str, tuple
     story.chapter("Fine-tuning five experts from one base (kept for the next run)")
     trained = _train(base, config_file.parent.parent / "cache")
     story.chapter("Starting the line: the base becomes version 1")
-    _start(config_file, write_line(config_file, LINE, base, [EXPERTS], None))
+    write_line(config_file, LINE, base, [EXPERTS], None)
+    config_file.write_text(config_file.read_text(encoding="utf-8") + SETTINGS, encoding="utf-8")
+    _start(config_file, load(config_file))
     return trained
 
 
