@@ -76,7 +76,8 @@ SECTIONS = (
         "gate",
         "Evaluating, against the forward passes alone",
         "Eight zero-shot suites of 500 texts on the demonstration's base, one process. `score_all` also reads suites, "
-        "builds the model, tokenises and keeps every answer. `best` compares the fastest run of each side.",
+        "builds the model, tokenises and keeps every answer. `best` compares the fastest run of each side, `processor` "
+        "processor time instead of the clock's.",
     ),
     Section(
         "peers",

