@@ -48,7 +48,8 @@ def problem_with(score: TaskScore | None, who: str, task: str, split: str = "gat
 def _accuracy(score: TaskScore, who: str) -> str:
     if not _within(score.value, 0.0, 1.0):
         return f"the {who}'s accuracy is {score.value}, not a number from 0 to 1"
-    if not score.correct or len(score.correct) != len(score.predictions) or score.points or score.weights:
+    labels = len(score.predictions) or len(score.correct)  # some metrics say what is right and not what was answered
+    if not score.correct or len(score.correct) != labels or score.points or score.weights:
         return f"the {who}'s answers are missing"
     return _contradiction(score.value, sum(score.correct) / len(score.correct), who)
 

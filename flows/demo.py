@@ -14,7 +14,7 @@ from flows.serve import temporary_prefect
 from flows.setup import write_line
 from flows.telling import bar, say, speak
 from flows.wiring import House, artifact_root, house, prepare_environment, tracking_uri
-from registry.records import FoldinError, Refusal
+from registry.records import Decision, FoldinError, Refusal
 
 if TYPE_CHECKING:
     from experiments.texts import TextTask
@@ -89,7 +89,7 @@ def _live(config_file: Path, base: Path, trained: "Mapping[str, tuple[TextTask, 
     config = load(config_file)
     story.chapter("Each expert is registered with a plain MLflow client; the watch flow finds it and folds it")
     _fold_all(config_file, config, trained, story)
-    story.chapter("An expert trained on shuffled labels, and one with a NaN")
+    story.chapter("An expert trained on shuffled labels, which a person rejects, and one with a NaN")
     _refuse_bad(config_file, config, base, trained, story)
     story.chapter("A person moves the alias two versions back in MLflow; foldin adopts it, then rolls forward")
     _back_and_forth(config_file, config, story)
@@ -147,6 +147,7 @@ def _refuse_bad(
 ) -> None:
     from experiments.plain_client import champion, register_expert
     from experiments.zoo import DEMONSTRATION, expert, poison
+    from flows.approval import decide
 
     uri, home = tracking_uri(config), config_file.parent.parent
     before = champion(uri, LINE)
@@ -154,17 +155,29 @@ def _refuse_bad(
     with bar("fine-tuning on shuffled labels") as progress:
         bad = expert(trained[BAD][0], home / "cache", base, recipe, progress)
     register_expert(uri, EXPERTS, bad, BAD, artifact_root(config))
-    rejected = _watch(config_file)
+    (waits,) = _watch(config_file)
+    why = "it learnt nothing"
+    rejected = [decide(house(str(config_file)), LINE, waits["version"], Decision.DECLINED, why, "the demonstration")]
     after_bad = champion(uri, LINE)
     register_expert(uri, EXPERTS, poison(trained[BROKEN][1], home / "run/broken"), BROKEN, artifact_root(config))
     quarantined = _watch(config_file)
     story.note(
+        waits=waits,
         rejected=rejected,
+        rungs=_rungs(house(str(config_file)), waits["version"]),
         quarantined=quarantined,
         champion_before=before,
         champion_after_rejected=after_bad,
         champion_after_quarantined=champion(uri, LINE),
     )
+
+
+def _rungs(at: House, version: int) -> dict[str, bool]:
+    """Which rungs of the gate a version was asked, and which of them it passed."""
+    from flows.versions import find_merge
+
+    checks = find_merge(at, LINE, version).verdict.checks
+    return {rung: all(each.passed for each in checks if each.rung == rung) for rung in {each.rung for each in checks}}
 
 
 def _back_and_forth(config_file: Path, config: Config, story: Story) -> None:
@@ -214,6 +227,7 @@ def _compare(at: House, trained: "Mapping[str, tuple[TextTask, Path]]", story: S
         rows[title] = measure(title, merged, tasks)
     rows["OPCM (the champion)"] = measure("the champion", served.weights(), tasks)
     means = {title: sum(row.values()) / len(row) for title, row in rows.items()}
+    story.note(searched={"factor": served.memory.factor, "parameters": dict(served.memory.parameters)})
     story.note(accuracy=rows, mean_accuracy=means, champion_weights_sha256=served.memory.weights_sha256)
     print_comparison(rows, means)
 

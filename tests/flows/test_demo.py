@@ -25,9 +25,14 @@ def test_five_experts_are_folded_in_order(facts):
 
 
 def test_the_expert_with_shuffled_labels_is_rejected_with_the_gates_reason(facts):
+    # The fold itself cannot tell, what the expert learnt can: no task was measured in full for it.
+    assert facts["rungs"] == {"free": True, "canary": False}
+    assert facts["waits"]["state"] == "needs-approval"
+    assert "line: the expert alone" in facts["waits"]["reason"]
     (rejected,) = facts["rejected"]
-    assert (rejected["state"], rejected["expert"]) == ("rejected", "demo-experts v6")
-    assert "line: the expert alone" in rejected["reason"]
+    assert (rejected["state"], rejected["expert"]) == ("declined", "demo-experts v6")
+    bad = next(each for each in facts["log"]["experts"] if each["name"] == "demo-experts v6")
+    assert (bad["state"], bad["code"]) == ("rejected", "E_DECLINED")
     assert facts["champion_before"] == facts["champion_after_rejected"] == 6
 
 
@@ -51,6 +56,13 @@ def test_opcm_is_worth_it_on_this_line_as_measured_in_this_run(facts):
     assert means == pytest.approx(facts["mean_accuracy"])
     assert means["OPCM (the champion)"] >= means["average"] + 0.08
     assert means["OPCM (the champion)"] >= means["base"] + 0.15
+
+
+def test_the_search_chose_parameters_that_are_in_the_lineage(facts):
+    versions = {each["version"]: each for each in facts["log"]["versions"]}
+    assert sorted(versions) == list(range(1, 8))
+    assert facts["searched"]["factor"] != 1.0
+    assert facts["searched"]["parameters"] == {"strength": pytest.approx(facts["searched"]["factor"])}
 
 
 def test_the_output_ends_with_the_tree_and_the_table(facts):

@@ -41,7 +41,8 @@ def line(digits, tmp_path, prefect):
         from flows.watch import watch
 
         text = f'[lines.digits]\nbase = "{digits / "base"}"\nexperts = ["digit-experts"]\n{extra}\n'
-        text += "gate = { min_expert_gain = -1.0, min_gain = -1.0, max_norm_ratio = 10.0 }\n"  # the base knows plain digits already
+        # The base knows plain digits already.
+        text += "gate = { min_expert_gain = -1.0, min_gain = -1.0, max_norm_ratio = 10.0 }\n"
         (tmp_path / "foldin.toml").write_text(text)
         at = house(str(tmp_path / "foldin.toml"))
 
