@@ -9,7 +9,7 @@ import pytest
 
 from evaluation.suites import write_suite
 from flows import config, starting
-from flows.config import LineConfig, RegistryConfig, load
+from flows.config import LineConfig, RegistryConfig, SearchConfig, load
 from registry.records import FoldinError
 
 LINE = '[lines.demo]\nbase = "base"\nexperts = ["demo-experts"]\n'
@@ -39,7 +39,7 @@ def settings(**changes):
     return LineConfig(**{"base": "base", "experts": ("demo-experts",), **changes})
 
 
-@pytest.mark.parametrize("kind", [RegistryConfig, LineConfig])
+@pytest.mark.parametrize("kind", [RegistryConfig, LineConfig, SearchConfig])
 def test_every_field_is_explained_on_its_line(kind):
     source = inspect.getsource(kind)
     explained = set(re.findall(r"^    (\w+): .+  # \S.{7,}$", source, flags=re.MULTILINE))

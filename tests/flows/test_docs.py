@@ -9,7 +9,7 @@ import pytest
 
 from evaluation.gate import Rules
 from flows.cli import cli
-from flows.config import LineConfig, RegistryConfig, load
+from flows.config import LineConfig, RegistryConfig, SearchConfig, load
 from merging import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,12 @@ def test_every_method_has_its_paragraph():
 
 @pytest.mark.parametrize(
     ("heading", "kind"),
-    [("`[registry]`", RegistryConfig), ("`[lines.NAME]`", LineConfig), ("`[lines.NAME.gate]`", Rules)],
+    [
+        ("`[registry]`", RegistryConfig),
+        ("`[lines.NAME]`", LineConfig),
+        ("`[lines.NAME.gate]`", Rules),
+        ("`[lines.NAME.search]`", SearchConfig),
+    ],
 )
 def test_every_setting_is_documented_and_nothing_else(heading, kind):
     text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
