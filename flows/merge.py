@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -184,7 +184,14 @@ def judge(work: Work, admitted: Admitted, candidate: Candidate, recipe: Recipe) 
         say(f"{work.expert.name}: {judged.verdict.outcome}; searching for a better way to fold it")
         run, refolded = work.run(admitted), partial(refold, work, admitted)
         judged = search(at, judged, recipe, work.scratch(admitted), refolded, partial(show_try, work.house, run))
+    say(f"{work.expert.name}: judged in {took(judged.seconds)}")
     return replace(judged, verdict=under_approval(judged.verdict, work.settings.approval))
+
+
+def took(seconds: Mapping[str, float]) -> str:
+    """What judging took, in all and rung by rung."""
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    return f"{sum(seconds.values()):.1f} s ({parts})"
 
 
 @task(name="register", **POLICY)

@@ -45,7 +45,7 @@ def show(
             "foldin.search": record.lineage.get("search", ""),
             "foldin.expert": expert.name,
         },
-        artifacts=[(folder / REPORT_FILE, ""), (folder / PAGE_FILE, ""), *kept],
+        artifacts=[(folder / REPORT_FILE, ""), (folder.parent / Path(PAGE_FILE).name, ""), *kept],
         inputs=inputs,
     )
 

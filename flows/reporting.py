@@ -1,6 +1,7 @@
 """What people are told of a judged candidate: the record behind report.json, report.html, pictures and answers."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.config import LineConfig
@@ -18,16 +19,22 @@ FLIPS = 3  # examples shown of each task
 
 
 def write_report(house: House, settings: LineConfig, parent: Version, line: str, judged: Judged) -> "Record":
-    """Write report.json, report.html, the pictures and the single answers into a candidate's folder."""
+    """Write report.json, report.html, the pictures and the single answers into a candidate's folder.
+
+    The version's files are the same however long judging took; the page that the MLflow run shows, beside the
+    candidate's folder, tells that too.
+    """
     from evaluation.answers import answers_bytes
     from evaluation.page import as_html
     from evaluation.pictures import write_plots
     from evaluation.report import as_json
 
     record, folder = record_of(house, settings, parent, line, judged), judged.candidate.folder
-    write_json(folder / REPORT_FILE, as_json(record))
-    write_plots(record, folder / PLOTS)
-    write_atomic(folder / PAGE_FILE, as_html(record, f"{line}: {judged.candidate.memory.experts[-1].task}").encode())
+    title, timeless = f"{line}: {judged.candidate.memory.experts[-1].task}", record._replace(seconds={})
+    write_json(folder / REPORT_FILE, as_json(timeless))
+    write_plots(timeless, folder / PLOTS)
+    write_atomic(folder / PAGE_FILE, as_html(timeless, title).encode())
+    write_atomic(folder.parent / Path(PAGE_FILE).name, as_html(record, title).encode())
     for task, score in record.report.scores.items():
         if not score.error:
             write_atomic(folder / ANSWERS / f"{task}.parquet", answers_bytes(score))

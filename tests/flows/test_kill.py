@@ -67,7 +67,8 @@ for line in sys.stdin:
     print(json.dumps([pid, None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)]), flush=True)
 """
 IMPORTS = (
-    "flows.cli flows.watch flows.merge flows.starting flows.publishing flows.scoring registry.ledger registry.store "
+    "flows.cli flows.watch flows.merge flows.search flows.starting flows.publishing flows.scoring "
+    "registry.ledger registry.store "
     "registry.mlflow_store registry.weights evaluation.models evaluation.score evaluation.gate evaluation.page "
     "evaluation.pictures evaluation.report merging.fold merging.measure "
     "mlflow.store.tracking.sqlalchemy_store mlflow.store.model_registry.sqlalchemy_store "
@@ -143,15 +144,16 @@ def stocked(workshop, stock):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, stock, forge):
     """What one run that nobody disturbs makes of the three experts, with the settings of a workshop."""
-    known = []
+    known = {}
 
     def outcome(workshop):
-        if not known:
+        settings = (workshop / "foldin.toml").read_text().partition("[lines.tiny]")[2]
+        if settings not in known:
             folder = tmp_path_factory.mktemp("undisturbed")
             shutil.copyfile(workshop / "foldin.toml", folder / "foldin.toml")
             assert forge.life(fill(folder, stock))[1] == 0, forge.said()
-            known.append(look_at(folder))
-        return known[0]
+            known[settings] = look_at(folder)
+        return known[settings]
 
     return outcome
 
@@ -222,6 +224,27 @@ def test_killed_in_the_middle_of_a_fold_it_ends_with_the_champion_of_an_undistur
     assert look_at(stocked) == undisturbed(stocked)
 
 
+def test_killed_in_a_search_it_makes_the_same_choice(stocked, forge, undisturbed):
+    toml = stocked / "foldin.toml"
+    # Six times too strong for these models: the search goes back to about one for the first, and stays there.
+    searching = "parameters = { strength = 6.0 }\n"
+    searching += 'search = { when = "always", strengths = [0.2, 0.5], weights = [], energies = [] }'
+    toml.write_text(toml.read_text().replace("interval = 3600.0", f"interval = 3600.0\n{searching}"))
+    kill(
+        forge,
+        stocked,
+        ("flows.search", "write_json", "before", 1),  # of the first expert, everything was tried
+        ("flows.search", "climb", "before", 1),  # what was chosen is written down and folded
+        ("registry.ledger", "Ledger.record_verdict", "after", 2),  # the second, the choice is judged
+        ("flows.merge", "show_try", "after", 2),  # the third, one try is shown in MLflow
+    )
+    assert forge.life(stocked)[1] == 0, forge.said()
+    found = look_at(stocked)
+    assert open_version(house(str(toml)), "tiny", 4).memory.parameters == {"strength": 1.2}
+    assert found["runs"] == 1 + 3 * (1 + 3)  # the base; each expert with its three tries
+    assert found == undisturbed(stocked)
+
+
 @pytest.mark.chaos
 def test_killed_at_every_step_it_ends_as_if_nothing_had_happened(stocked, foldin, forge, undisturbed):
     kill(
@@ -240,7 +263,7 @@ def test_killed_at_every_step_it_ends_as_if_nothing_had_happened(stocked, foldin
         ("registry.ledger", "Ledger.commit", "after", 1),
         # the second
         ("flows.second_pass", "read_tensor", "before", 7),
-        ("flows.merge", "score_models", "before", 1),
+        ("flows.merge", "judge", "before", 1),
         ("registry.mlflow_store", "MlflowStore.point_champion", "after", 1),
         # the third
         ("registry.ledger", "Ledger.record_verdict", "after", 1),
@@ -264,7 +287,7 @@ def test_killed_around_its_registration_a_version_is_registered_once(stocked, fo
         ("mlflow", "MlflowClient.create_model_version", "before", 1),
         ("mlflow", "MlflowClient.create_model_version", "after", 2),  # the second
         ("registry.ledger", "Ledger.commit", "before", 1),
-        ("flows.scoring", "write_json", "after", 2),  # the third
+        ("flows.scoring", "write_atomic", "after", 2),  # the third
         ("registry.mlflow_store", "MlflowStore.run_for", "after", 1),
     )
     assert forge.life(stocked)[1] == 0, forge.said()
@@ -330,6 +353,6 @@ def test_two_that_start_a_line_at_the_same_time_start_it_once(stocked, forge, un
 @pytest.mark.chaos
 def test_interrupted_by_a_person_any_number_of_times_no_expert_is_blamed(stocked, forge, undisturbed):
     for _ in range(4):
-        assert forge.life(stocked, signal.SIGINT, ("flows.merge", "score_models", "before", 1))[1] == 130, forge.said()
+        assert forge.life(stocked, signal.SIGINT, ("flows.merge", "judge", "before", 1))[1] == 130, forge.said()
     assert forge.life(stocked)[1] == 0, forge.said()
     assert look_at(stocked) == undisturbed(stocked)
