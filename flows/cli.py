@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 
 import click
 
+from flows.asking import log, report, score, show, status
 from flows.people import approve, reject
 from flows.telling import busy, say
-from flows.verb import answer, fail, finish, house_of, prefect_for, prepared
+from flows.verb import fail, finish, house_of, prefect_for, prepared
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -137,61 +138,6 @@ def merge(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
 
 
 @cli.command()
-@click.argument("line", required=False)
-@click.option("--json", "as_json", is_flag=True)
-@click.pass_obj
-def status(options: dict[str, Any], line: str | None, as_json: bool) -> None:
-    """What every line stands at: champion, what waits, what was refused."""
-    house = house_of(options)
-    from flows.printing import print_status
-    from flows.reading import status as read
-
-    facts = [read(house, name) for name in ([line] if line else [each.name for each in house.ledger.lines()])]
-    answer(facts, as_json, print_status)
-
-
-@cli.command()
-@click.argument("line")
-@click.option("--json", "as_json", is_flag=True)
-@click.pass_obj
-def log(options: dict[str, Any], line: str, as_json: bool) -> None:
-    """The lineage of LINE: its versions as a tree, the experts it refused, the moves of its champion."""
-    from flows.printing import print_log
-    from flows.reading import log as read
-
-    answer(read(house_of(options), line), as_json, print_log)
-
-
-@cli.command()
-@click.argument("line")
-@click.argument("version", type=int, required=False)
-@click.option("--json", "as_json", is_flag=True)
-@click.pass_obj
-def show(options: dict[str, Any], line: str, version: int | None, as_json: bool) -> None:
-    """One VERSION of LINE (the champion by default): what is in it, how it was judged, how good it is."""
-    from flows.printing import print_show
-    from flows.reading import show as read
-
-    answer(read(house_of(options), line, version), as_json, print_show)
-
-
-@cli.command()
-@click.argument("line")
-@click.argument("version", type=int, required=False)
-@click.option("--json", "as_json", is_flag=True)
-@click.pass_obj
-def score(options: dict[str, Any], line: str, version: int | None, as_json: bool) -> None:
-    """Measure one VERSION of LINE (the champion by default) on every task the champion knows."""
-    from flows.printing import print_accuracy
-    from flows.reading import score as read
-
-    facts = read(house_of(options), line, version)
-    answer(facts, as_json, lambda found: print_accuracy(found["accuracy"]))
-    for task, error in facts["errors"].items():
-        say(f"{task} was not measured: {error}")
-
-
-@cli.command()
 @click.argument("line")
 @click.option("--to", type=int, help="Version; default: the champion's parent.")
 @click.option("--because", required=True, help="Why; kept in the line's history.")
@@ -243,8 +189,8 @@ def ui(options: dict[str, Any], prefect_port: int, mlflow_port: int) -> None:
         threading.Event().wait()
 
 
-cli.add_command(approve)
-cli.add_command(reject)
+for verb in (status, log, show, score, report, approve, reject):
+    cli.add_command(verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -124,7 +124,7 @@ def print_show(facts: Mapping[str, Any]) -> None:
     console().print(table)
     if facts["checks"]:
         print_checks(facts["checks"])
-    print_accuracy(facts["accuracy"])
+    print_scores(facts["scores"])
 
 
 def _by(decided: Mapping[str, Any] | None) -> str:
@@ -140,12 +140,14 @@ def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
     console().print(table)
 
 
-def print_accuracy(accuracy: Mapping[str, float | None]) -> None:
-    """Task and accuracy; None for what could not be measured."""
-    if accuracy:
-        table = _table("task", "accuracy")
-        for task, value in accuracy.items():
-            table.add_row(_text(task), "not measured" if value is None else f"{value:.3f}")
+def print_scores(scores: Mapping[str, Mapping[str, Any]]) -> None:
+    """Task by task what was measured; None for what could not be."""
+    if scores:
+        table = _table("task", "metric", "value", "examples")
+        for task, score in scores.items():
+            value = "not measured" if score["value"] is None else f"{score['value']:.3f}"
+            sample = "" if score["split"] == "gate" else f" of the {score['split']}"
+            table.add_row(_text(task), _text(score["metric"]), value, f"{score['examples']}{sample}")
         console().print(table)
 
 

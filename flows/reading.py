@@ -4,12 +4,14 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from flows.versions import REPORT_FILE, chain, find_merge, open_version
+from flows.versions import PAGE_FILE, REPORT_FILE, chain, find_merge, open_version
 from flows.waiting import decided_by, facts_of, state_of
 from flows.wiring import House, is_dead
 from registry.files import read_json
 from registry.lineage import Node, tree
 from registry.records import Event, Expert, ExpertState, FoldinError, Refusal
+
+SCORE = ("metric", "value", "split", "examples")
 
 
 def status(house: House, name: str) -> dict[str, Any]:
@@ -66,11 +68,12 @@ def show(house: House, name: str, number: int | None) -> dict[str, Any]:
         "profile": dict(memory.profile),
         "verdict": state_of(house, merge),
         "decided": decided_by(house, merge),
-        "checks": [asdict(check) for check in merge.verdict.checks],
-        "accuracy": {task: _measured(score["value"]) for task, score in report["report"]["scores"].items()},
+        "checks": [{key: _measured(value) for key, value in asdict(each).items()} for each in merge.verdict.checks],
+        "scores": {task: {key: each[key] for key in SCORE} for task, each in report["report"]["scores"].items()},
+        "search": report["lineage"].get("search", ""),
         "summary": report["summary"],
         "folder": str(version.folder),
-        "report": str(version.folder / "foldin/report.html"),
+        "report": str(version.folder / PAGE_FILE),
     }
 
 
@@ -90,7 +93,7 @@ def score(house: House, name: str, number: int | None) -> dict[str, Any]:
     return {
         "line": name,
         "version": version.number,
-        "accuracy": {task: _measured(found.value) for task, found in scores.items()},
+        "scores": {task: {key: _measured(getattr(each, key)) for key in SCORE} for task, each in scores.items()},
         "errors": {task: found.error for task, found in scores.items() if found.error},
     }
 
@@ -140,6 +143,10 @@ def _champion(house: House, name: str) -> int:
     )
 
 
-def _measured(value: float | None) -> float | None:
-    """What could not be measured is null: NaN is not JSON."""
-    return None if value is None or math.isnan(value) else value
+def _measured(value: Any) -> Any:  # noqa: ANN401 - any JSON
+    """What could not be measured is null, and what has no limit a text: neither NaN nor infinity is JSON."""
+    if isinstance(value, tuple):
+        return [_measured(each) for each in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)

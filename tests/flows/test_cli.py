@@ -239,6 +239,9 @@ def history(versions, *, champion, children=lambda version: [version + 1]):
     }
 
 
+SCORE = {"metric": "accuracy", "value": 0.5, "split": "canary", "examples": 64}
+
+
 def test_words_of_strangers_are_printed_as_they_are_and_obeyed_by_nothing(capsys):
     expert = {"name": HOSTILE, "task": HOSTILE, "state": "quarantined", "reason": HOSTILE}
     event = {"kind": "rollback", "from": 2, "to": 1, "because": HOSTILE, "who": HOSTILE, "at": 0.0}
@@ -252,14 +255,14 @@ def test_words_of_strangers_are_printed_as_they_are_and_obeyed_by_nothing(capsys
         "experts": [{"model": HOSTILE, "version": 1, "task": HOSTILE}],
     }
     shown |= {**digests, "method": "opcm", "parameters": {HOSTILE: HOSTILE}, "verdict": "approved", "report": HOSTILE}
-    shown |= {"decided": {"who": HOSTILE, "because": HOSTILE, "at": 0.0}}
+    shown |= {"decided": {"who": HOSTILE, "because": HOSTILE, "at": 0.0}, "search": HOSTILE}
     waiting = {"version": 2, "expert": HOSTILE, "since": 0.0, "reason": HOSTILE}
     printed = {
         "status": lambda: printing.print_status(
             [{"line": HOSTILE, "champion": 1, "blocked": HOSTILE, "working": "", "experts": counts, "waiting": waiting}]
         ),
         "log": lambda: printing.print_log({**history(2, champion=2), "experts": [expert], "events": [event]}),
-        "show": lambda: printing.print_show({**shown, "checks": [check], "accuracy": {HOSTILE: 0.5}}),
+        "show": lambda: printing.print_show({**shown, "checks": [check], "scores": {HOSTILE: SCORE}}),
         "comparison": lambda: printing.print_comparison({HOSTILE: {HOSTILE: 0.5}}, {HOSTILE: 0.5}),
     }
     for name, show in printed.items():
@@ -271,7 +274,7 @@ def test_words_of_strangers_are_printed_as_they_are_and_obeyed_by_nothing(capsys
 
 
 def test_long_words_are_cut(capsys):
-    printing.print_accuracy({"a" * 5000: 0.25, "b": None})
+    printing.print_scores({"a" * 5000: {**SCORE, "value": 0.25}, "b": {**SCORE, "value": None}})
     text = capsys.readouterr().out
     assert len(text) < 1000
     assert "0.250" in text
@@ -390,7 +393,7 @@ def test_every_reading_verb_answers_in_json_and_for_people(line, verb):
         "show": (["show", "tiny"], lambda facts: facts["experts"][0]["task"] == "task-1", "none: this is the base"),
         "score": (
             ["score", "tiny"],
-            lambda facts: facts["errors"] == {} and 0 <= facts["accuracy"]["task-1"] <= 1,
+            lambda facts: facts["errors"] == {} and 0 <= facts["scores"]["task-1"]["value"] <= 1,
             "task-1",
         ),
         "doctor": (["doctor"], lambda facts: facts == [], ""),

@@ -1,0 +1,79 @@
+"""The verbs that read: what a line stands at, its history, one version, its report."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flows.telling import say
+from flows.verb import answer, house_of
+
+
+@click.command()
+@click.argument("line", required=False)
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def status(options: dict[str, Any], line: str | None, as_json: bool) -> None:
+    """What every line stands at: champion, what waits, what was refused."""
+    house = house_of(options)
+    from flows.printing import print_status
+    from flows.reading import status as read
+
+    facts = [read(house, name) for name in ([line] if line else [each.name for each in house.ledger.lines()])]
+    answer(facts, as_json, print_status)
+
+
+@click.command()
+@click.argument("line")
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def log(options: dict[str, Any], line: str, as_json: bool) -> None:
+    """The lineage of LINE: its versions as a tree, the experts it refused, the moves of its champion."""
+    from flows.printing import print_log
+    from flows.reading import log as read
+
+    answer(read(house_of(options), line), as_json, print_log)
+
+
+@click.command()
+@click.argument("line")
+@click.argument("version", type=int, required=False)
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def show(options: dict[str, Any], line: str, version: int | None, as_json: bool) -> None:
+    """One VERSION of LINE (the champion by default): what is in it, how it was judged, how good it is."""
+    from flows.printing import print_show
+    from flows.reading import show as read
+
+    answer(read(house_of(options), line, version), as_json, print_show)
+
+
+@click.command()
+@click.argument("line")
+@click.argument("version", type=int, required=False)
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def score(options: dict[str, Any], line: str, version: int | None, as_json: bool) -> None:
+    """Measure one VERSION of LINE (the champion by default) on every task the champion knows."""
+    from flows.printing import print_scores
+    from flows.reading import score as read
+
+    facts = read(house_of(options), line, version)
+    answer(facts, as_json, lambda found: print_scores(found["scores"]))
+    for task, error in facts["errors"].items():
+        say(f"{task} was not measured: {error}")
+
+
+@click.command()
+@click.argument("line")
+@click.argument("version", type=int, required=False)
+@click.option("--to", type=click.Path(path_type=Path), help="Copy the page to this file.")
+@click.pass_obj
+def report(options: dict[str, Any], line: str, version: int | None, to: Path | None) -> None:
+    """Where the report of a VERSION of LINE (the champion by default) is: one page, readable without network."""
+    from flows.reading import show as read
+
+    page = Path(read(house_of(options), line, version)["report"])
+    if to:
+        to.write_bytes(page.read_bytes())
+    click.echo(str(to or page))
