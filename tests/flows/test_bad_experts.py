@@ -213,8 +213,8 @@ BAD = {
     ),
     "suite that runs": Bad(
         "E_SUITE",
-        ("only the line's own configuration may", "python"),
-        files=edit_json("suite.json", kind="python", function="os:getcwd", metric="score", data=None),
+        ("the kind python runs code, and an expert may not bring code", "Found python"),
+        files=lambda folder: (folder / "suite.json").write_text('{"kind": "python", "function": "os:getcwd"}'),
     ),
     "failed upload": Bad("E_SOURCE", ("not ready", "Expected status READY", "Found status FAILED"), status="FAILED"),
     "vanished": Bad("E_SOURCE", ("no artifacts at the version's source", "Found "), stored=shutil.rmtree),

@@ -391,7 +391,7 @@ def test_a_ledger_that_does_not_know_the_model_moves_nothing(at, zoo):
 
 
 def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_is(at, zoo, monkeypatch):
-    from flows import first_pass, merge, plan, planning
+    from flows import first_pass, plan, planning
 
     look(at)
     register(at, zoo / "expert-1", "task-1")
@@ -406,7 +406,7 @@ def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_
         monkeypatch.setattr(module, "numerics_profile", lambda device: other)
     shutil.rmtree(at.work("tiny"))
     assert [(each["state"], each["version"]) for each in look(at)] == [("folded", 2)]
-    assert merge.open_version(at, "tiny", 2).memory.profile["threads"] != "999"
+    assert open_version(at, "tiny", 2).memory.profile["threads"] != "999"
 
 
 def test_a_rollback_and_a_fold_that_were_both_cut_off_end_where_the_rollback_wanted(at, zoo, monkeypatch):
