@@ -70,7 +70,8 @@ def _pairs() -> list[tuple[str, str]]:
     for name in sorted(topics):
         lines = (line.strip() for line in topics[name].splitlines())
         text = " ".join(line for line in lines if line and not set(line) <= RULES)
-        sentences = [each for each in SENTENCE.split(text) if 40 <= len(each) <= 120 and each not in seen]
+        fit = (each for each in SENTENCE.split(text) if 40 <= len(each) <= 120)
+        sentences = [each for each in dict.fromkeys(fit) if each not in seen]
         seen.update(sentences)
         found += list(zip(sentences[::2], sentences[1::2], strict=False))
     step = max(1, len(found) // PAIRS)

@@ -14,7 +14,7 @@ from distributed import LocalCluster  # noqa: E402
 from flows import cluster, first_pass, parts  # noqa: E402
 from flows.cluster import fold_on_cluster  # noqa: E402
 from flows.folding import fold  # noqa: E402
-from flows.recipe import recipe_of
+from flows.recipe import recipe_of  # noqa: E402
 from registry.files import hash_tree  # noqa: E402
 from registry.records import FoldinError  # noqa: E402
 
