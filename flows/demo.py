@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 HEADING = "# The demonstration line. Everything below is embedded: SQLite and local folders.\n"
 SETTINGS = """approval = "on-reject"  # what the gate rejects waits for a person
+guards = {{ retrieval = "{guard}" }}  # general ability: no expert trains for it, and no candidate may lose it
 
 [lines.demo.search]
 when = "always"  # also when an expert passes: another strength may be better
@@ -75,11 +76,14 @@ def run(home: Path, base: Path | None, json_file: Path | None, *, debug: bool) -
 
 def _prepare(config_file: Path, base: Path, story: Story) -> "Mapping[str, tuple[TextTask, Path]]":
     """What comes before the first flow run: task -> expert, and a line."""
+    from experiments.guards import write_guard
+
     story.chapter("Fine-tuning five experts from one base (kept for the next run)")
     trained = _train(base, config_file.parent.parent / "cache")
     story.chapter("Starting the line: the base becomes version 1")
     write_line(config_file, LINE, base, [EXPERTS], None)
-    config_file.write_text(config_file.read_text(encoding="utf-8") + SETTINGS, encoding="utf-8")
+    settings = SETTINGS.format(guard=write_guard(config_file.parent / "retrieval"))
+    config_file.write_text(config_file.read_text(encoding="utf-8") + settings, encoding="utf-8")
     _start(config_file, load(config_file))
     return trained
 
@@ -220,16 +224,19 @@ def _compare(at: House, trained: "Mapping[str, tuple[TextTask, Path]]", story: S
 
     rows = {"base": measure("the base", base.weights(), tasks)}
     # The line does not know the task of an expert that it refused.
-    rows["experts, each on its own task"] = {name: measure(name, experts[name], [name])[name] for name in tasks}
+    known = [name for name in tasks if name not in settings.guards]
+    rows["experts, each on its own task"] = {name: measure(name, experts[name], [name])[name] for name in known}
     projected = served.memory.projected
     for title, method in (("average", "average"), ("task arithmetic 0.3", "task_arithmetic")):
         merged = merge(base.weights(), list(experts.values()), method, projected=projected)
         rows[title] = measure(title, merged, tasks)
     rows["OPCM (the champion)"] = measure("the champion", served.weights(), tasks)
+    guarded = {name: {title: row.pop(name) for title, row in rows.items() if name in row} for name in settings.guards}
     means = {title: sum(row.values()) / len(row) for title, row in rows.items()}
+    story.note(guarded=guarded)
     story.note(searched={"factor": served.memory.factor, "parameters": dict(served.memory.parameters)})
     story.note(accuracy=rows, mean_accuracy=means, champion_weights_sha256=served.memory.weights_sha256)
-    print_comparison(rows, means)
+    print_comparison(rows, means, guarded)
 
 
 def _close(config_file: Path, json_file: Path | None, story: Story) -> None:

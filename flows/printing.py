@@ -151,14 +151,19 @@ def print_scores(scores: Mapping[str, Mapping[str, Any]]) -> None:
         console().print(table)
 
 
-def print_comparison(rows: Mapping[str, Mapping[str, float]], means: Mapping[str, float]) -> None:
-    """Models by task, with the mean over the tasks last."""
+def print_comparison(
+    rows: Mapping[str, Mapping[str, float]],
+    means: Mapping[str, float],
+    guarded: Mapping[str, Mapping[str, float]],  # guard -> model -> value
+) -> None:
+    """Models by task, with the mean over the tasks, and the guards after it."""
     tasks = list(next(iter(rows.values())))
-    table = _table("accuracy", *tasks, "mean")
+    table = _table("accuracy", *tasks, "mean", *(f"{guard} (guard)" for guard in guarded))
     for column in table.columns[1:]:
         column.justify = "right"
     for title, row in rows.items():
-        table.add_row(_text(title), *(f"{row[task]:.3f}" for task in tasks), f"{means[title]:.3f}")
+        kept = (f"{each[title]:.3f}" if title in each else "" for each in guarded.values())
+        table.add_row(_text(title), *(f"{row[task]:.3f}" for task in tasks), f"{means[title]:.3f}", *kept)
     console().print(table)
 
 
