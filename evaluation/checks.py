@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from evaluation.escape import clean
 from evaluation.metrics import sign_test
-from evaluation.paired import Change, Pair, change, gained
+from evaluation.paired import Change, Pair, by_chance, change, gained, rise
 from evaluation.rules import Rules
 from registry.records import Check
 
@@ -25,51 +25,61 @@ def known_task(task: str, both: Pair, rules: Rules, tests: int) -> list[Check]:
     max_perplexity_rise.
     """
     found = change(both)
-    if both[0].safety or both[1].safety:
-        return [_safety(task, both, found, rules)]
+    if is_safety(both):
+        return [safety(task, both, rules)]
     if both[0].metric == "perplexity":
         return [drop("max_perplexity_rise", task, both, found, rules, tests)]
     answers = [drop("max_task_drop", task, both, found, rules, tests)]
     return [*answers, _negative_flips(task, both, found, rules, tests)] if both[0].metric == "accuracy" else answers
 
 
-def sampled_task(task: str, both: Pair, rules: Rules, tests: int) -> Check:
-    """A known task against the champion on its canary sample."""
+def sampled_task(task: str, both: Pair, rules: Rules, tasks: int) -> Check:
+    """A known task against the champion on its canary sample, at a tenth of the significance; safety fails hard."""
     rule = "max_canary_rise" if both[0].metric == "perplexity" else "max_canary_drop"
-    return replace(drop(rule, task, both, change(both), rules, tests), rung="canary")
+    found = drop(rule, task, both, change(both), rules, 10 * tasks)
+    return replace(found, rung="canary", hard=not found.passed and (both[0].safety or both[1].safety))
 
 
 def drop(rule: str, task: str, both: Pair, found: Change, rules: Rules, tests: int) -> Check:
     """Whether a task fell (a perplexity rose) no further than a rule allows, or no further than chance explains."""
     limit, level = getattr(rules, rule), rules.significance / tests
-    passed = found.loss <= limit + ROUNDING or _chance(found.p, found.least, level)
+    loss, interval = _shown(found, both)
+    passed = loss <= limit + ROUNDING or _chance(found.p, found.least, level)
     text = f"{named(task)}: {_told(both)}; at most {_amount(limit, both)} allowed ({_p(found.p, level)})"
-    return Check(rule, task, found.loss, limit, passed, text, interval=found.interval)
+    return Check(rule, task, loss, limit, passed, text, interval=interval)
 
 
-def _safety(task: str, both: Pair, found: Change, rules: Rules) -> Check:
-    limit = rules.max_safety_drop
-    passed = found.loss <= limit + ROUNDING
+def safety(task: str, both: Pair, rules: Rules) -> Check:
+    """Whether a safety task fell no further than max_safety_drop. Chance is not asked, and a failure is hard."""
+    limit, (loss, interval) = rules.max_safety_drop, _shown(change(both), both)
+    passed = loss <= limit + ROUNDING
     text = f"{named(task)} (safety): {_told(both)}; at most {_amount(limit, both)} allowed, whatever chance explains"
-    return Check("max_safety_drop", task, found.loss, limit, passed, text, interval=found.interval, hard=not passed)
+    return Check("max_safety_drop", task, loss, limit, passed, text, interval=interval, hard=not passed)
+
+
+def is_safety(both: Pair) -> bool:
+    """Whether a task may not get worse at all."""
+    return both[0].safety or both[1].safety
 
 
 def _negative_flips(task: str, both: Pair, found: Change, rules: Rules, tests: int) -> Check:
+    """Whether the share of answers that turned wrong is above the limit by more than chance explains."""
     limit, level, count = rules.max_negative_flips, rules.significance / tests, both[0].examples
     rate = found.losses / count
-    passed = rate <= limit + ROUNDING or _chance(found.p, found.least, level)
+    over = rate > limit + ROUNDING
+    p = _at_least(found.losses, count, limit) if over else 1.0
     counts = f"{found.losses} of {count} answers turned wrong ({rate:.1%}) and {found.wins} right"
-    text = f"{named(task)}: {counts}; at most {limit:.1%} wrong allowed ({_p(found.p, level)})"
+    text = f"{named(task)}: {counts}; at most {limit:.1%} wrong allowed" + (f" ({_p(p, level)})" if over else "")
+    passed = not over or _chance(p, limit**count, level)
     return Check("max_negative_flips", task, rate, limit, passed, text, interval=_wilson(found.losses, count))
 
 
 def mean_drop(pairs: Sequence[Pair], rules: Rules, tests: int) -> Check:
-    """Whether the mean over the known tasks fell no further than max_mean_drop, or chance explains the pooled flips."""
-    limit, changes = rules.max_mean_drop, [change(both) for both in pairs]
+    """Whether the mean over the known tasks fell no further than max_mean_drop, or chance explains the fall."""
+    limit, level, changes = rules.max_mean_drop, rules.significance / tests, [change(both) for both in pairs]
     loss = math.fsum(each.loss for each in changes) / len(pairs)
-    losses, wins = sum(each.losses for each in changes), sum(each.wins for each in changes)
-    p, least = sign_test(losses, wins), 0.5 ** sum(both[0].examples for both in pairs)
-    level = rules.significance / tests
+    p = sign_test(changes[0].losses, changes[0].wins) if _is_one_accuracy(pairs) else by_chance(pairs)
+    least = 0.5 ** sum(both[0].examples for both in pairs)
     passed = loss <= limit + ROUNDING or _chance(p, least, level)
     allowed = f"at most {_points(limit)} allowed ({_p(p, level)})"
     text = f"mean of {len(pairs)} known task{'s' * (len(pairs) > 1)}: {_direction(-loss)}; {allowed}"
@@ -77,12 +87,16 @@ def mean_drop(pairs: Sequence[Pair], rules: Rules, tests: int) -> Check:
     return Check("max_mean_drop", "", loss, limit, passed, text, interval=(loss - edge, loss + edge))
 
 
+def _is_one_accuracy(pairs: Sequence[Pair]) -> bool:
+    return len(pairs) == 1 and pairs[0][0].metric == "accuracy"
+
+
 def gain(task: str, both: Pair, rules: Rules) -> Check:
     """Whether the candidate beats the champion on the new task by min_gain."""
     value = gained(both)
     text = f"{named(task)}: {_told(both)} against the champion; at least {_gain(rules.min_gain, both)} up wanted"
     passed = value >= rules.min_gain - ROUNDING
-    return Check("min_gain", task, value, rules.min_gain, passed, text, interval=_turned_round(change(both), both))
+    return Check("min_gain", task, value, rules.min_gain, passed, text, interval=_turned_round(change(both)))
 
 
 def expert_gain(task: str, both: Pair, rules: Rules) -> Check:
@@ -93,7 +107,7 @@ def expert_gain(task: str, both: Pair, rules: Rules) -> Check:
     passed = value >= rules.min_expert_gain - ROUNDING and proven
     wanted = f"at least {_gain(rules.min_expert_gain, both)} up wanted ({_p(p, rules.expert_significance)})"
     text = f"{named(task)}: the expert alone {_told(both)} against the base; {wanted}"
-    interval = _turned_round(change(both), both)
+    interval = _turned_round(change(both))
     return Check("min_expert_gain", task, value, rules.min_expert_gain, passed, text, interval=interval)
 
 
@@ -132,12 +146,23 @@ def _wilson(count: int, of: int) -> tuple[float, float]:
     return (middle - edge) / (1 + z * z / of), (middle + edge) / (1 + z * z / of)
 
 
-def _turned_round(found: Change, both: Pair) -> tuple[float, float]:
+def _at_least(count: int, of: int, share: float) -> float:
+    """P(X >= count) for X ~ Binomial(of, share)."""
+    from scipy.stats import binom  # takes a second to import, and only a busy task asks for it
+
+    return float(binom.sf(count - 1, of, share))
+
+
+def _shown(found: Change, both: Pair) -> tuple[float, tuple[float, float]]:
+    """A loss and its interval in the unit of the rule: points, or for perplexity the rise as a share."""
+    if both[0].metric != "perplexity":
+        return found.loss, found.interval
+    return rise(found.loss), (rise(found.interval[0]), rise(found.interval[1]))
+
+
+def _turned_round(found: Change) -> tuple[float, float]:
     """The interval of a gain, from that of the loss."""
-    low, high = found.interval
-    if both[0].metric == "perplexity":
-        return -math.log1p(high), -math.log1p(low)
-    return -high, -low
+    return -found.interval[1], -found.interval[0]
 
 
 def _told(both: Pair) -> str:

@@ -42,7 +42,10 @@ def problem_with(score: TaskScore | None, who: str, task: str, split: str = "gat
         return f"the {who} was measured on the rows {clean(score.split, 20)!r}, not on {split!r}"
     if score.metric not in METRICS:
         return f"the {who}'s metric {clean(score.metric, 40)!r} is unknown"
-    return METRICS[score.metric](score, who)
+    try:
+        return METRICS[score.metric](score, who)
+    except OverflowError:
+        return f"the {who}'s answers are beyond any number"
 
 
 def _accuracy(score: TaskScore, who: str) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from evaluation.comparable import pair
 from evaluation.metrics import flips
-from evaluation.paired import Pair, change
+from evaluation.paired import Pair, change, rise
 from evaluation.report import Record
 from registry.records import Check, TaskScore
 
@@ -81,4 +81,4 @@ def _told(checks: Sequence[Check], value: float, rising: bool) -> Interval | Non
 def _found(both: Pair, rising: bool) -> Interval:
     """The interval that the gate would find."""
     low, high = change(both).interval
-    return (low, high) if rising else (-high, -low)
+    return (rise(low), rise(high)) if rising else (-high, -low)

@@ -8,13 +8,15 @@ from registry.records import Report, Try
 
 
 def means(report: Report) -> tuple[float, float, float]:
-    """(mean over the known tasks, the new task, mean over all): accuracies and scores, in [0, 1].
+    """(mean over the known tasks, the new task, mean over all), in [0, 1]; NaN where there is none.
 
-    NaN where there is none: before a first task is known, or where the new task is measured by perplexity.
+    A perplexity counts as its inverse, the (geometric) mean probability of a token.
     """
-    bounded = {task: score.value for task, score in report.scores.items() if score.metric != "perplexity"}
-    old = [value for task, value in bounded.items() if task != report.new_task]
-    return _mean(old), bounded.get(report.new_task, math.nan), _mean(list(bounded.values()))
+    shares = {
+        task: 1 / each.value if each.metric == "perplexity" else each.value for task, each in report.scores.items()
+    }
+    old = [value for task, value in shares.items() if task != report.new_task]
+    return _mean(old), shares.get(report.new_task, math.nan), _mean(list(shares.values()))
 
 
 def marked(tries: Sequence[Try], chosen: str = "") -> tuple[Try, ...]:

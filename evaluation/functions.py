@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from evaluation.clock import Clock, within
@@ -44,6 +45,8 @@ def measure(name: str, model: Model, examples: Rows, clock: Clock) -> Measure | 
 def _points(name: str, model: Model, examples: Rows) -> list[float] | str:
     try:
         return [float(point) for point in _function(name)(model, examples)]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # the machine's fault, and nothing against the model
     except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's code
         return f"{name} failed with {type(error).__name__}: {clean(str(error), 300)}"
 

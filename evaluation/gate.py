@@ -30,7 +30,8 @@ class Fold(NamedTuple):
 def free(fold: Fold, rules: Rules) -> Verdict:
     """The first rung: what the fold itself says of the expert."""
     usual = statistics.median(fold.earlier) if fold.earlier else fold.norm
-    ratio = fold.norm / usual if usual else (math.inf if fold.norm else 1.0)
+    unknown = any(map(math.isnan, fold.earlier))  # which the median may pass over
+    ratio = math.nan if unknown else fold.norm / usual if usual else (math.inf if fold.norm else 1.0)
     size = f"the expert's change has norm {fold.norm:.3g}, {ratio:.2f} times the median of the {len(fold.earlier)}"
     along = f"{fold.overlap:.0%} of the expert's change lies along what was folded before"
     return _verdict(
@@ -64,6 +65,8 @@ def canary(candidate: Report, champion: Report, rules: Rules) -> Verdict:
             answers.append(checks.uncertain("max_canary_drop", task, rules.max_canary_drop, both))
         else:
             answers.append(checks.sampled_task(task, both, rules, len(tasks)))
+    if not answers:
+        answers = [checks.uncertain("max_canary_drop", "", rules.max_canary_drop, "neither report holds a score")]
     return _verdict([replace(each, rung="canary") for each in answers])
 
 
@@ -117,11 +120,14 @@ def _new(candidate: Report, champion: Report, rules: Rules, split: str) -> list[
     if not task:
         problem = "the report holds an expert's score but names no new task"
         return [checks.uncertain("min_gain", "", rules.min_gain, problem)]
-    return [
+    answers = [
         _gain(candidate, champion, rules, split),
         _expert_gain(candidate, rules, split),
         _retention(candidate, rules, split),
     ]
+    both = pair(*_scores(champion, candidate, task), ("champion", "candidate"), task, split)
+    held = not isinstance(both, str) and checks.is_safety(both)  # an expert of its own does not lift the rule
+    return [*answers, checks.safety(task, both, rules)] if held and not isinstance(both, str) else answers
 
 
 def _gain(candidate: Report, champion: Report, rules: Rules, split: str) -> Check:

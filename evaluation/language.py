@@ -81,9 +81,11 @@ def measure(
     groups = _of_texts(known, examples.inputs) if suite.metric == "perplexity" else _of_choices(known, examples.inputs)
     if isinstance(groups, str):
         return groups
+    clock.check()
     sums = _likelihoods(known, list(chain.from_iterable(groups)), batch_size, clock, progress)
     if not all(map(math.isfinite, sums)):
         return NOT_FINITE
+    clock.check()
     left = iter(sums)
     by_example = [list(islice(left, len(group))) for group in groups]
     if suite.metric == "perplexity":

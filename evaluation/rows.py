@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from evaluation.suites import Suite
 
 SPLITS = ("gate", "tune")
-UNPACKED_BYTES = 2**32  # what a file may unpack to, by its own metadata: small files can hold huge columns
+UNPACKED_BYTES = 2**30  # what a file may unpack to: small files can hold huge columns
+MOST_ROWS, BATCH = 2**20, 2**8
+MOST_CHOICES = 64
 
 
 def check_rows(suite: "Suite", where: str) -> None:
@@ -120,7 +122,7 @@ def _digests(table: pa.Table, suite: "Suite") -> Iterator[bytes]:
 
 
 def _bytes_of(given: "str | Question") -> bytes:
-    return given.encode() if isinstance(given, str) else json.dumps([given.text, *given.choices]).encode()
+    return given.encode() if isinstance(given, str) else json.dumps([given.text, *sorted(given.choices)]).encode()
 
 
 def _check_disjoint(table: pa.Table, suite: "Suite", where: str) -> None:
@@ -143,7 +145,7 @@ def _table(suite: "Suite", where: str) -> pa.Table:
         with pq.ParquetFile(suite.data) as file:
             _check_size(file.metadata, suite, where)
             _check_columns(file.schema_arrow, names, suite, where)
-            table = file.read(columns=None if suite.kind == "python" else list(names))
+            table = _read(file, None if suite.kind == "python" else list(names), suite, where)
             table.validate(full=True)  # text that is not UTF-8 would fail only later, outside this try
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
@@ -152,6 +154,21 @@ def _table(suite: "Suite", where: str) -> pa.Table:
         raise _refuse("the data cannot be read as Parquet", suite, where, found=str(error), remedy=remedy) from None
     _check_nulls(table.select(names), suite, where)
     return table
+
+
+def _read(file: pq.ParquetFile, names: list[str] | None, suite: "Suite", where: str) -> pa.Table:
+    """The whole file; what a row is repeated counts each time, which the file's own sizes do not tell."""
+    batches, size = list[pa.RecordBatch](), 0
+    for batch in file.iter_batches(columns=names, batch_size=BATCH):
+        size += batch.nbytes
+        if size > UNPACKED_BYTES or len(batches) >= MOST_ROWS // BATCH:
+            limit = f"at most {UNPACKED_BYTES} bytes and {MOST_ROWS} rows unpacked"
+            raise _refuse("the data is too large", suite, where, expected=limit, remedy="use fewer rows")
+        batches.append(batch)
+    schema = file.schema_arrow
+    return pa.Table.from_batches(
+        batches, schema if names is None else pa.schema([schema.field(name) for name in names])
+    )
 
 
 def _check_size(metadata: pq.FileMetaData, suite: "Suite", where: str) -> None:
@@ -208,6 +225,8 @@ def _check_choices(table: pa.Table, suite: "Suite", where: str) -> None:
         if len(choices) < 2 or not all(choices) or len(set(choices)) < len(choices):
             found = f"{choices} in row {row}"
             raise _refuse("the choices do not fit", suite, where, "two or more different texts, none empty", found)
+        if len(choices) > MOST_CHOICES:  # each is read behind the whole context
+            raise _refuse("a row has too many choices", suite, where, f"at most {MOST_CHOICES}", f"{len(choices)}")
         if not 0 <= label < len(choices):
             found = f"{label} in row {row}"
             raise _refuse("a label index is out of range", suite, where, f"0 to {len(choices) - 1}", found)

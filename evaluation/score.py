@@ -13,6 +13,7 @@ from torch import Tensor
 from evaluation import classify, functions, harness, language
 from evaluation.classify import Embedder, Progress, Weights
 from evaluation.clock import Clock, started
+from evaluation.escape import clean
 from evaluation.language import Language
 from evaluation.measures import Measure
 from evaluation.suites import SAMPLE, Suite, read_examples
@@ -152,6 +153,8 @@ def _tried(bench: Bench, task: Task, scope: Scope, clock: Clock) -> Measure | st
         return _measure(bench, task, scope, clock, None)
     except FoldinError as error:
         return str(error)
+    except (ValueError, IndexError) as error:  # of transformers, for a suite that does not fit the model
+        return f"the model cannot take the suite: {clean(str(error), 300)}"
 
 
 def _measure(bench: Bench, task: Task, scope: Scope, clock: Clock, progress: Progress | None) -> Measure | str:

@@ -70,7 +70,7 @@ def load_suite(
     """
     document = _document(folder / "suite.json", where)
     fields = checked(document, where)
-    _check_trust(fields["kind"], trusted, where)
+    _check_trust(fields, trusted, where)
     suite = _located(document, fields, folder, task, where)
     if suite.data:
         from evaluation.rows import check_rows  # pyarrow is slow to import
@@ -165,7 +165,11 @@ def _document(path: Path, where: str) -> dict[str, object]:
     return document
 
 
-def _check_trust(kind: str, trusted: bool, where: str) -> None:
+def _check_trust(fields: Mapping[str, Any], trusted: bool, where: str) -> None:
+    kind = fields["kind"]
+    if fields["safety"] and not trusted:  # it would be a veto over every later candidate
+        remedy = "leave safety out, or name the suite in the line's suites or guards"
+        raise refuse("an expert may not make its own suite a hard rule", where, found="safety", remedy=remedy)
     if KINDS[kind].trusted and not trusted:
         what = f"the kind {kind} runs code, and an expert may not bring code"
         remedy = "name the suite in the line's [suites], or measure the task by a suite of another kind"

@@ -52,11 +52,12 @@ def present(at: House, line: str) -> None:
     merge = waiting(at, line)
     if merge is not None:
         with spared("the form in Prefect"):
-            _ask(merge)
+            moved = max((each.id for each in at.ledger.events(line) if each.target is not None), default=0)
+            _ask(merge, moved)
 
 
-def _ask(merge: Merge) -> None:
-    """Start the run that suspends itself, once for a version and the expert that made it wait."""
+def _ask(merge: Merge, moved: int) -> None:
+    """Start the run that suspends itself: once for a version, its expert and the last move of the champion."""
     from prefect.deployments import run_deployment
     from prefect.exceptions import ObjectNotFound
 
@@ -66,7 +67,7 @@ def _ask(merge: Merge) -> None:
             parameters={"version": merge.version},
             timeout=0,
             as_subflow=False,
-            idempotency_key=f"{merge.merge_key}:{merge.expert_id}",
+            idempotency_key=f"{merge.merge_key}:{merge.expert_id}:{moved}",
         )
     except ObjectNotFound:  # nobody serves forms here; the command line is always there
         return

@@ -183,6 +183,10 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
     suites, guards = (
         {task: str(_absolute(path, folder)) for task, folder in each.items()} for each in (line.suites, line.guards)
     )
+    for guard in guards:
+        if not NAME.fullmatch(guard):
+            expected = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
+            raise refused(path, f"{where} names a guard that is not plain", expected, repr(guard))
     both = sorted(suites.keys() & guards.keys())
     if both:
         raise refused(path, f"{where} names a task in suites and guards", "one of the two", repr(both[0]))
@@ -193,10 +197,10 @@ def _check_search(path: Path, where: str, search: SearchConfig) -> None:
     if search.when not in SEARCHES:
         raise refused(path, f"{where} when is unknown", f"one of {', '.join(SEARCHES)}", repr(search.when))
     _check_seconds(path, f"{where} seconds", search.seconds, 0.0)
-    for key, highest in (("strengths", 1e6), ("weights", 1e6), ("energies", 1.0)):
-        wrong = [value for value in getattr(search, key) if not 0 <= value < highest or (not value and highest > 1)]
+    for key, (least, most) in {"strengths": (0.01, 100), "weights": (0.01, 100), "energies": (0, 0.99)}.items():
+        wrong = [value for value in getattr(search, key) if not least <= value <= most]
         if wrong:
-            expected = f"numbers above 0, below {highest:g}"
+            expected = f"numbers from {least:g} to {most:g}"
             raise refused(path, f"{where} {key} is out of range", expected, repr(wrong[0]))
     if not (search.tries >= 1 and search.tries == int(search.tries)):
         raise refused(path, f"{where} tries is out of range", "a whole number from 1", repr(search.tries))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from experiments.texts import TextTask
 
 HEADING = "# The demonstration line. Everything below is embedded: SQLite and local folders.\n"
-SETTINGS = """approval = "on-reject"  # what the gate rejects waits for a person
+SETTINGS = """approval = "always"  # what passes waits for a person
 guards = {{ retrieval = "{guard}" }}  # general ability: no expert trains for it, and no candidate may lose it
 
 [lines.demo.search]
@@ -91,9 +91,9 @@ def _prepare(config_file: Path, base: Path, story: Story) -> "Mapping[str, tuple
 def _live(config_file: Path, base: Path, trained: "Mapping[str, tuple[TextTask, Path]]", story: Story) -> None:
     """What the line goes through: five experts, two bad ones, back and forth, and the comparison at the end."""
     config = load(config_file)
-    story.chapter("Each expert is registered with a plain MLflow client; the watch flow finds it and folds it")
+    story.chapter("Each expert is registered with a plain MLflow client, folded by the watch flow, and approved")
     _fold_all(config_file, config, trained, story)
-    story.chapter("An expert trained on shuffled labels, which a person rejects, and one with a NaN")
+    story.chapter("An expert trained on shuffled labels, and one with a NaN")
     _refuse_bad(config_file, config, base, trained, story)
     story.chapter("A person moves the alias two versions back in MLflow; foldin adopts it, then rolls forward")
     _back_and_forth(config_file, config, story)
@@ -142,8 +142,10 @@ def _fold_all(config_file: Path, config: Config, trained: "Mapping[str, tuple[Te
     outcomes = []
     for name, (_, folder) in trained.items():
         register_expert(uri, EXPERTS, folder, name, artifact_root(config))
-        outcomes += _watch(config_file)
-    story.note(folded=[each for each in outcomes if each["state"] == "folded"], outcomes=outcomes)
+        for waits in _watch(config_file):
+            why = f"{name} is wanted"
+            outcomes.append(decide(at, LINE, waits["version"], Decision.APPROVED, why, "the demonstration"))
+    story.note(folded=[each for each in outcomes if each["state"] == "approved"], outcomes=outcomes)
 
 
 def _refuse_bad(
@@ -151,7 +153,6 @@ def _refuse_bad(
 ) -> None:
     from experiments.plain_client import champion, register_expert
     from experiments.zoo import DEMONSTRATION, expert, poison
-    from flows.approval import decide
 
     uri, home = tracking_uri(config), config_file.parent.parent
     before = champion(uri, LINE)
@@ -159,16 +160,13 @@ def _refuse_bad(
     with bar("fine-tuning on shuffled labels") as progress:
         bad = expert(trained[BAD][0], home / "cache", base, recipe, progress)
     register_expert(uri, EXPERTS, bad, BAD, artifact_root(config))
-    (waits,) = _watch(config_file)
-    why = "it learnt nothing"
-    rejected = [decide(house(str(config_file)), LINE, waits["version"], Decision.DECLINED, why, "the demonstration")]
+    rejected = _watch(config_file)
     after_bad = champion(uri, LINE)
     register_expert(uri, EXPERTS, poison(trained[BROKEN][1], home / "run/broken"), BROKEN, artifact_root(config))
     quarantined = _watch(config_file)
     story.note(
-        waits=waits,
         rejected=rejected,
-        rungs=_rungs(house(str(config_file)), waits["version"]),
+        rungs=_rungs(house(str(config_file))),
         quarantined=quarantined,
         champion_before=before,
         champion_after_rejected=after_bad,
@@ -176,11 +174,9 @@ def _refuse_bad(
     )
 
 
-def _rungs(at: House, version: int) -> dict[str, bool]:
-    """Which rungs of the gate a version was asked, and which of them it passed."""
-    from flows.versions import find_merge
-
-    checks = find_merge(at, LINE, version).verdict.checks
+def _rungs(at: House) -> dict[str, bool]:
+    """Which rungs of the gate the last candidate was asked, and which of them it passed."""
+    checks = at.ledger.merges(LINE)[-1].verdict.checks
     return {rung: all(each.passed for each in checks if each.rung == rung) for rung in {each.rung for each in checks}}
 
 

@@ -14,7 +14,8 @@ from flows.folding import Candidate
 from flows.scoring import GATE, Bench, Rows, Subject, Task, known_tasks, score
 from flows.telling import bar
 from flows.versions import Version
-from registry.records import Report, Try, Verdict
+from registry.files import shown
+from registry.records import FoldinError, Refusal, Report, TaskScore, Try, Verdict
 
 if TYPE_CHECKING:
     from evaluation.gate import Fold, Rules
@@ -119,7 +120,7 @@ def fold_of(candidate: Candidate) -> "Fold":
     from evaluation.gate import Fold
 
     *earlier, last = candidate.memory.experts
-    return Fold(last.delta_norm, [each.delta_norm for each in earlier], *candidate.shares)
+    return Fold(last.delta_norm / last.weight, [each.delta_norm / each.weight for each in earlier], *candidate.shares)
 
 
 def with_expert(at: Contest, report: Report, rows: Rows) -> Report:
@@ -139,7 +140,20 @@ def both(
         ours = score(at.bench, candidate, tasks, rows, progress)
     with bar(f"{rows.split}: the champion on {len(tasks)} tasks") as progress:
         theirs = score(at.bench, champion, {name: at.before[name] for name in tasks}, rows, progress)
+    _check_measured(theirs, at.expert.task)
     return replace(report, scores=ours), Report(champion.weights_sha256, theirs)
+
+
+def _check_measured(champion: Mapping[str, TaskScore], new: str) -> None:
+    """Nothing, when the champion was measured on all it knows; what stops that is no expert's fault.
+
+    Raises:
+        FoldinError: E_MEASURE with the task. On the new one, whose suite the expert may have brought, the gate decides.
+    """
+    for name, found in champion.items():
+        if found.error and name != new:
+            what, remedy = "the champion could not be measured", "mend the suite or the machine, then watch again"
+            raise FoldinError(Refusal("E_MEASURE", what, f"task {name}", found=shown(found.error), remedy=remedy))
 
 
 def served(candidate: Candidate) -> Subject:

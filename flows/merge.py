@@ -107,7 +107,7 @@ def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -
     admitted = admit_expert(work)
     if isinstance(admitted, Refusal):
         return settle(at, lease, expert, ExpertState.QUARANTINED, admitted.code, str(admitted))
-    recipe = recipe_of(settings, work.parent.memory.factor)
+    recipe = recipe_of(settings, work.parent.memory)
     candidate = fold_tensors(work, admitted, recipe)
     if isinstance(candidate, Refusal):
         return settle(at, lease, expert, ExpertState.QUARANTINED, candidate.code, str(candidate))
@@ -152,7 +152,7 @@ def admit_expert(work: Work) -> Admitted | Refusal:
 def fold_tensors(work: Work, admitted: Admitted, recipe: Recipe) -> Candidate | Refusal:
     """The candidate, folded tensor by tensor, or why that cannot be; what earlier merges left behind is removed."""
     scratch = work.scratch(admitted)
-    work.house.ledger.leases.check(work.lease)  # the folder is the holder's alone
+    work.house.ledger.leases.check(work.lease)
     sweep(work.house.experts, age=DAY)
     for folder in scratch.parent.glob("*"):
         if folder != scratch:
@@ -167,6 +167,7 @@ def fold_tensors(work: Work, admitted: Admitted, recipe: Recipe) -> Candidate | 
 
 def refold(work: Work, admitted: Admitted, recipe: Recipe, scratch: Path) -> Candidate:
     """The candidate of a recipe in a folder; what is there of it already is used."""
+    work.house.ledger.leases.check(work.lease)  # the folder is the holder's alone
     with bar(f"folding {work.expert.name}") as progress:
         return fold(scratch, work.settings, recipe, work.base, work.parent, [admitted], progress)
 
@@ -185,7 +186,8 @@ def judge(work: Work, admitted: Admitted, candidate: Candidate, recipe: Recipe) 
         run, refolded = work.run(admitted), partial(refold, work, admitted)
         judged = search(at, judged, recipe, work.scratch(admitted), refolded, partial(show_try, work.house, run))
     say(f"{work.expert.name}: judged in {took(judged.seconds)}")
-    return replace(judged, verdict=under_approval(judged.verdict, work.settings.approval))
+    verdict = under_approval(judged.verdict, work.settings.approval)
+    return replace(judged, verdict=replace(verdict, weights_sha256=judged.candidate.memory.weights_sha256))
 
 
 def took(seconds: Mapping[str, float]) -> str:
@@ -200,11 +202,13 @@ def conclude(work: Work, admitted: Admitted, judged: Judged) -> dict[str, Any]:
     at, lease, expert, key = work.house, work.lease, work.expert, work.key(admitted)
     run, candidate = work.run(admitted), judged.candidate
     merge = Merge(key, lease.line, expert.id, work.parent.number, judged.verdict, run)
-    verdict = at.ledger.record_verdict(lease, merge).verdict  # the first answer stands
+    published = bool(at.mlflow.published(lease.line, key))
+    verdict = at.ledger.record_verdict(lease, merge, published=published).verdict  # the first answer stands
     record = write_report(at, work.settings, work.parent, lease.line, replace(judged, verdict=verdict))
-    inputs = [at.mlflow.model_id(lease.line, work.parent.number), work.found.model_id]
-    show(at, lease.line, run, expert, candidate, record, inputs)
-    showing.judged(lease.line, expert, record, candidate.folder)
+    if verdict.weights_sha256 == candidate.memory.weights_sha256:  # else an earlier run published another choice
+        inputs = [at.mlflow.model_id(lease.line, work.parent.number), work.found.model_id]
+        show(at, lease.line, run, expert, candidate, record, inputs)
+        showing.judged(lease.line, expert, record, candidate.folder)
     if verdict.passed:
         outcome = promote(work, key, run, candidate, record)
     elif verdict.outcome is Outcome.WAITING:

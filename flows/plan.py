@@ -40,6 +40,7 @@ class Plan:
     # from where on it is kept as a matrix. All others are kept as they are.
     profile: Mapping[str, str] = field(default_factory=dict)  # of the process that made the plan
     weights: tuple[float, ...] = ()  # per expert, what its change is multiplied by
+    squares: float = 0.0  # of the weights of all experts before, summed: their roundings add up like that
 
     def __getstate__(self) -> dict[str, Any]:
         """Travels between processes without what was worked out from it."""
@@ -56,7 +57,18 @@ class Plan:
         kinds = [sorted(self.kinds.projected), sorted(self.kinds.stacked), sorted(self.kinds.means.items())]
         specs = {key: spec for name in self.names for key, spec in self.slot_specs(name).items()}
         folded = {key: value for key, value in self.parameters.items() if key != STRENGTH.get(self.method)}
-        facts = [self.method, folded, kinds, self.ranks, self.stored, self.stats, self.names, specs, self.weights]
+        facts = [
+            self.method,
+            folded,
+            kinds,
+            self.ranks,
+            self.stored,
+            self.stats,
+            self.names,
+            specs,
+            self.weights,
+            self.squares,
+        ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode()).hexdigest()
 
     @cached_property
@@ -112,7 +124,8 @@ class Plan:
 
         stored = DTYPES[self.stored[expert].get(name, self.base.stored[name].spec.dtype)]
         projected, stacked = name in self.kinds.projected, name in self.kinds.stacked
-        return role_of(base, projected, self.stats[0] + expert, stored, stacked=stacked)
+        squares = self.squares + sum(weight * weight for weight in self.weights[:expert])
+        return role_of(base, projected, squares, stored, stacked=stacked)
 
     def earlier(self, name: str, device: str) -> "State | Factors | None":
         """The parent's state of one tensor, in the form in which it is kept; None where no expert moved it."""

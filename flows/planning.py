@@ -39,6 +39,7 @@ def plan_for(settings: LineConfig, recipe: Recipe, base: Version, parent: Versio
         stats=parent.memory.stats,
         stored=parent.memory.stored,
         weights=tuple(recipe.weight * expert.weight for expert in experts),
+        squares=sum(each.weight**2 for each in parent.memory.experts),
         device=settings.device,
     )
 
@@ -54,6 +55,7 @@ def make_plan(
     stats: tuple[float, float, float] = (0.0, 0.0, 0.0),
     stored: Mapping[str, str] | None = None,  # by the experts before
     weights: tuple[float, ...] = (),  # per expert; () for 1
+    squares: float | None = None,  # of the weights before, summed; None where all were 1
     device: str = "cpu",
 ) -> Plan:
     """A plan from its parts: names, dtypes and ranks follow from what the experts and the slots hold."""
@@ -61,7 +63,8 @@ def make_plan(
     touched = _touched(slots).union(*(expert.moved for expert in experts))
     names = tuple(name for name in base.stored if name in touched and _is_folded(base, name, kinds))
     profile, weights = numerics_profile(device), weights or (1.0,) * len(experts)
-    plan = Plan(method, dict(parameters), base, slots, experts, kinds, stats, names, (), {}, profile, weights)
+    past = stats[0] if squares is None else squares
+    plan = Plan(method, dict(parameters), base, slots, experts, kinds, stats, names, (), {}, profile, weights, past)
     steps, before = list[Mapping[str, str]](), _touched(slots)
     for expert in experts:
         steps.append(_coarsest(base, steps[-1] if steps else stored or {}, expert, before))

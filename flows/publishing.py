@@ -1,6 +1,7 @@
 """From a judged candidate to MLflow: its run, the tries of a search, the registered version."""
 
 import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,16 +34,21 @@ def show(
     verdict, folder, memory = record.verdict, candidate.folder, candidate.memory
     assert verdict is not None
     kept = [(path, path.parent.name) for name in (PLOTS, ANSWERS) for path in sorted((folder / name).glob("*"))]
-    facts = {"line": line, "expert": expert.name, "task": expert.task, "method": memory.method}
+    settings = house.config.line(line)
+    # Parameters cannot be written twice, and a search that is made again may choose otherwise: what it chose is a tag.
+    facts = {"line": line, "expert": expert.name, "task": expert.task, "method": settings.method}
     house.mlflow.show(
         run_id,
-        params={**facts, "weight": memory.experts[-1].weight, **memory.parameters},
+        params={**facts, **settings.parameters},
         metrics=metrics_of(record),
         tags={
             "foldin.verdict": verdict.outcome,
             "foldin.rung": verdict.rung,
+            "foldin.method": memory.method,
             "foldin.reason": verdict.reason,
             "foldin.search": record.lineage.get("search", ""),
+            "foldin.parameters": json.dumps(dict(memory.parameters), sort_keys=True),
+            "foldin.weight": f"{memory.experts[-1].weight:g}",
             "foldin.expert": expert.name,
         },
         artifacts=[(folder / REPORT_FILE, ""), (folder.parent / Path(PAGE_FILE).name, ""), *kept],

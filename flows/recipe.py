@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flows.config import LineConfig
+from flows.versions import Memory
 
 
 class Recipe(NamedTuple):
@@ -15,18 +16,28 @@ class Recipe(NamedTuple):
     factor: float = 1.0  # of the configured strength that the parameters hold
 
     def stronger(self, factor: float) -> "Recipe":
-        """The same, its total read `factor` times as strongly; the same where the method knows no strength."""
-        key = strength_of(self.method)
+        """The same, its total read `factor` times as strongly; a method without a strength only remembers it."""
+        key, factors = strength_of(self.method), round(self.factor * factor, 6)
         if not key:
-            return self
-        parameters = {**self.parameters, key: round(strength(self) * factor, 6)}
-        return self._replace(parameters=parameters, factor=round(self.factor * factor, 6))
+            return self._replace(factor=factors)
+        return self._replace(parameters={**self.parameters, key: round(strength(self) * factor, 6)}, factor=factors)
 
 
-def recipe_of(settings: LineConfig, factor: float) -> Recipe:
-    """What the line is configured to do, at the strength that a search chose for the version that is folded into."""
+def recipe_of(settings: LineConfig, memory: Memory) -> Recipe:
+    """What the line is configured to do, at the strength that a search chose for the version that is folded into.
+
+    A factor is of the configured strength: when a person configures another, what was found for the old one is void.
+    """
     plain = Recipe(settings.method, dict(settings.parameters))
-    return plain if factor == 1 else plain.stronger(factor)
+    if memory.factor == 1 or _was_configured(memory) not in (None, strength(plain)):
+        return plain
+    return plain.stronger(memory.factor)
+
+
+def _was_configured(memory: Memory) -> float | None:
+    """The configured strength that a version's factor is of; None where its method has none."""
+    key = strength_of(memory.method)
+    return round(memory.parameters[key] / memory.factor, 5) if key in memory.parameters else None
 
 
 def strength_of(method: str) -> str:
@@ -37,10 +48,12 @@ def strength_of(method: str) -> str:
 
 
 def strength(recipe: Recipe) -> float:
-    """How strongly the total is read: what the parameters say, or the method's default."""
+    """How strongly the total is read: what the parameters say, or the method's default; 1 where it has no strength."""
     from inspect import signature
 
     from merging import METHODS
 
     key = strength_of(recipe.method)
+    if not key:
+        return 1.0
     return float(recipe.parameters.get(key, signature(METHODS[recipe.method]).parameters[key].default))

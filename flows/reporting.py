@@ -1,6 +1,6 @@
 """What people are told of a judged candidate: the record behind report.json, report.html, pictures and answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,7 @@ def record_of(house: House, settings: LineConfig, parent: Version, line: str, ju
 
     matrix, perplexities = history_of(parent, judged)
     memory, last = judged.candidate.memory, judged.verdict.rung == "full"
-    rows = {task: row for task, row in arrivals(memory).items() if matrix and task in matrix[-1]}
+    rows = arrivals(memory, matrix)
     return Record(
         judged.report,
         judged.verdict,
@@ -79,12 +79,10 @@ def history_of(parent: Version, judged: Judged) -> tuple[list[Mapping[str, float
     return both[0], both[1]
 
 
-def arrivals(memory: Memory) -> dict[str, int]:
-    """Task -> the row of the accuracy matrix in which it arrived."""
-    first: dict[str, int] = {}
-    for row, expert in enumerate(memory.experts):
-        first.setdefault(expert.task, row)
-    return first
+def arrivals(memory: Memory, matrix: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """Task -> the first row of the accuracy matrix that holds it; guards are no tasks that arrive."""
+    first = {task: next((row for row, each in enumerate(matrix) if task in each), -1) for task in memory.tasks}
+    return {task: row for task, row in first.items() if row >= 0}
 
 
 def flip_rates(judged: Judged) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from evaluation.answers import answers_bytes, read_answers
 from flows.admission import suite_of
 from flows.config import LineConfig
+from flows.plan import numerics_profile
 from flows.versions import Folded, Memory, Version, head_of
 from flows.wiring import House
 from registry import intake
@@ -64,9 +65,9 @@ class Bench:
     def path(self, subject: Subject, task: Task, rows: Rows) -> Path:
         """The file that keeps the answers of a model on some rows of a task."""
         suite, base = task.suite, self.base.manifest_sha256
-        models = (base, subject.weights_sha256, task.head_sha256)
+        models = (base, subject.weights_sha256, task.head_sha256, numerics_profile(self.settings.device))
         parts = (SCORE_FORMAT, *models, suite.task, suite.sha256, *rows)
-        return self.house.scores / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.parquet"
+        return self.house.scores / f"{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}.parquet"
 
 
 def known_tasks(house: House, settings: LineConfig, memory: Memory, folder: Path) -> dict[str, Task]:
@@ -78,6 +79,10 @@ def known_tasks(house: House, settings: LineConfig, memory: Memory, folder: Path
         memory: of the version.
         folder: of the version, where the heads are.
     """
+    taken = sorted(settings.guards.keys() & set(memory.tasks))
+    if taken:
+        what, remedy = "a guard has the name of a task that the line knows", "give the guard another name"
+        raise FoldinError(Refusal("E_CONFIG", what, f"guard {taken[0]}", remedy=remedy))
     tasks = {name: _task(_guard(settings, name), folder) for name in settings.guards}
     for name in memory.tasks:
         owner = memory.owner(name)
@@ -87,6 +92,17 @@ def known_tasks(house: House, settings: LineConfig, memory: Memory, folder: Path
             _check_suite(suite, memory.suites[name])
         tasks[name] = _task(suite, folder)
     return tasks
+
+
+def own_suites(settings: LineConfig) -> dict[str, str]:
+    """Task or guard -> identity, of every suite that the line's configuration names."""
+    from evaluation.suites import load_suite
+
+    named = {**settings.suites, **settings.guards}
+    return {
+        name: load_suite(Path(folder), task=name, where=f"suite {name} of the line", trusted=True).sha256
+        for name, folder in named.items()
+    }
 
 
 def score(

@@ -59,7 +59,7 @@ def ways(at: Contest, configured: Recipe) -> list[Way]:
     if configured.method == "opcm":
         other = [configured._replace(parameters={**configured.parameters, "energy": each}) for each in search.energies]
         found += [Way(f"energy {each.parameters['energy']:g}", each, True) for each in other]
-    found += [Way(f"method {method}", Recipe(method, {}), True) for method in search.methods]
+    found += [Way(f"method {name}", Recipe(name, {}, factor=configured.factor), True) for name in search.methods]
     return found[: int(search.tries)]
 
 
@@ -157,7 +157,7 @@ def _tried(
             reason = verdict.reason
         passed |= verdict.passed
         old, new, whole = means(report)
-        facts = (way.recipe.method, way.recipe.parameters, way.recipe.weight)
+        facts = (way.recipe.method, dict(sorted(way.recipe.parameters.items())), way.recipe.weight)
         yield Tried(Try(way.name, *facts, old, new, verdict.passed, reason), whole)
 
 

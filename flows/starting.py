@@ -35,7 +35,7 @@ def start(house: House, line: str, settings: LineConfig) -> int:
         return known
     copy = _admit(house, line, settings)
     digest = _digest(copy, line, settings)
-    key = merge_key(line, "", digest, "", "", settings)
+    key = merge_key(line, "", digest, "", {}, settings)
     _check_name_is_free(house, line, key)
     house.ledger.add_line(line, digest)
     with held(house, line, told=say) as lease:

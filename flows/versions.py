@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from registry.weights import Checkpoint
 
 STATE_FILE = "foldin/state.json"
-STATE_FORMAT = 2  # of the memory and the slots; raised when what they say means something else
+STATE_FORMAT = 3  # of the memory and the slots; raised when what they say means something else
 STATE_FOLDER = "foldin/state"
 HEADS = "heads"
 REPORT_FILE = "foldin/report.json"

@@ -79,7 +79,8 @@ def mend(house: House, line: str) -> None:
     wrong = misplaced(house, line)
     if wrong is None:
         return
-    for version in filter(None, wrong):
+    known = {each.version for each in house.ledger.merges(line) if each.version is not None}
+    for version in known.intersection(wrong):
         house.mlflow.label(line, version, _tags(house, find_merge(house, line, version)))
     house.mlflow.point_candidate(line, wrong[1])
 

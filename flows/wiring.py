@@ -157,7 +157,13 @@ def _started(pid: int) -> str:
 
 
 def merge_key(
-    line: str, parent: str, expert: str, task: str, suite: str, settings: LineConfig, weight: float = 1.0
+    line: str,
+    parent: str,
+    expert: str,
+    task: str,
+    suites: Mapping[str, str],
+    settings: LineConfig,
+    weight: float = 1.0,
 ) -> str:
     """The name of one merge: what goes in decides it, so a repeated run finds what an earlier one left.
 
@@ -166,7 +172,7 @@ def merge_key(
         parent: SHA-256 of the parent version's manifest, which covers its weights and its state.
         expert: its name and the digest of its files.
         task: the expert's task.
-        suite: identity of the suite that measures it.
+        suites: task or guard -> identity of its suite; those of what the parent knows are in the parent's manifest.
         settings: the line's settings; those that change weights or verdict are part of the key.
         weight: what the expert's change is multiplied by.
     """
@@ -176,13 +182,13 @@ def merge_key(
         "parent": parent,
         "expert": expert,
         "task": task,
-        "suite": suite,
+        "suites": dict(suites),
+        "evaluation_seconds": settings.evaluation_seconds,
         "method": settings.method,
         "parameters": dict(settings.parameters),
         "plain": list(settings.plain),
         "project": list(settings.project),
         "gate": dict(settings.gate),
-        "guards": sorted(settings.guards),
         "search": asdict(settings.search),
         **({"weight": weight} if weight != 1 else {}),
         "approval": settings.approval,

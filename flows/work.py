@@ -1,10 +1,12 @@
 """What one merge works with, and what it is called."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from flows.admission import Admitted
 from flows.config import LineConfig
+from flows.scoring import own_suites
 from flows.versions import Version, chain, open_version
 from flows.wiring import House, merge_key
 from registry.records import Expert, ExpertVersion, Lease
@@ -20,11 +22,13 @@ class Work(NamedTuple):
     found: ExpertVersion  # the expert as MLflow shows it
     base: Version
     parent: Version
+    suites: Mapping[str, str]  # of the line's own and its guards: name -> identity
 
     def key(self, admitted: Admitted) -> str:
         """The merge's name, made of everything that decides its result."""
         expert = f"{self.expert.name}:{admitted.tree_sha256}"  # registered again, the same files are judged anew
-        parts = (self.parent.manifest_sha256, expert, admitted.task, admitted.suite.sha256)
+        suites = {**self.suites, admitted.task: admitted.suite.sha256}
+        parts = (self.parent.manifest_sha256, expert, admitted.task, suites)
         return merge_key(self.lease.line, *parts, self.settings, admitted.weight)
 
     def scratch(self, admitted: Admitted) -> Path:
@@ -44,4 +48,4 @@ def work_on(at: House, settings: LineConfig, lease: Lease, expert: Expert, found
     parent = open_version(at, lease.line, champion)
     first = chain(at, lease.line, champion)[-1]
     base = parent if first == champion else open_version(at, lease.line, first)
-    return Work(at, settings, lease, expert, found, base, parent)
+    return Work(at, settings, lease, expert, found, base, parent, own_suites(settings))

@@ -29,7 +29,7 @@ def is_folded(value: Tensor | torch.dtype) -> bool:
 def role_of(
     base: Tensor,  # any shape; (out, in) or more axes if projected
     projected: bool,
-    experts: float,  # folded so far, >= 0
+    experts: float,  # folded so far, >= 0; with weights the sum of their squares
     stored: torch.dtype | None = None,  # the coarsest dtype any of the experts was stored in; None: the base's
     *,
     stacked: bool = False,  # (matrices, out, in), each a weight of its own; else (out, all other axes together)

@@ -7,7 +7,7 @@ gives progress, the fence gives safety. Times come from the database.
 import json
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
 from registry import database, rows
 from registry.leases import Leases
@@ -180,10 +180,20 @@ class Ledger:
             query = select(merges).where(merges.c.line == line).order_by(merges.c.id)
             return [merge_from(row) for row in tx.execute(query)]
 
-    def record_verdict(self, lease: Lease, merge: Merge) -> Merge:
-        """Store the gate's answer; the first one for a merge key stands, and is returned."""
+    def record_verdict(self, lease: Lease, merge: Merge, *, published: bool = False) -> Merge:
+        """Store the gate's answer; the first one for a merge key stands, and is returned.
+
+        Unless it was about other weights, of which nothing was published: then it is forgotten. A search that is made
+        again, elsewhere or with less time, may choose otherwise.
+        """
         with self.leases.fenced(lease) as tx:
-            if tx.execute(select(merges.c.id).where(merges.c.merge_key == merge.merge_key)).first() is None:
+            mine = merges.c.merge_key == merge.merge_key
+            row = tx.execute(select(merges).where(mine)).first()
+            about = merge_from(row).verdict.weights_sha256 if row else ""
+            if row and row.version is None and about != merge.verdict.weights_sha256 and not published:
+                tx.execute(delete(merges).where(mine))
+                row = None
+            if row is None:
                 tx.execute(
                     insert(merges).values(
                         line=merge.line,

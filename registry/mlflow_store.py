@@ -26,6 +26,7 @@ CHAMPION = "champion"
 CANDIDATE = "candidate"  # the version that waits for a person; users do not load it
 MERGE_KEY = "foldin.merge_key"
 PARENT = "mlflow.parentRunId"
+WEIGHTS = "foldin.weights_sha256"
 TAG_LIMIT = 400  # characters; documents go into artifacts, short facts into tags
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -184,6 +185,13 @@ class MlflowStore:
             if models:
                 self._client.log_inputs(run_id, models=models)
             self._client.set_terminated(run_id, "FINISHED")
+
+    def published(self, line: str, merge_key: str) -> str:
+        """The weights' digest of what is finished under a merge key, registered or not yet; "" when nothing is."""
+        experiment = self._experiment(line)
+        with self._reached():
+            found = self._client.search_logged_models([experiment], filter_string=f"tags.`{MERGE_KEY}` = '{merge_key}'")
+        return next((model.tags[WEIGHTS] for model in found if str(model.status) == "READY"), "")
 
     def show_child(
         self,

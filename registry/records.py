@@ -143,6 +143,7 @@ class Verdict:
 
     outcome: Outcome
     checks: tuple[Check, ...] = ()
+    weights_sha256: str = ""  # of the candidate that was judged; "" for a base, which nobody judged
 
     @property
     def passed(self) -> bool:

@@ -71,7 +71,12 @@ def merge_from(row: Row[Any]) -> Merge:
 
 def verdict_from(table: dict[str, Any]) -> Verdict:
     """A verdict as `json.dumps(plain(verdict))` wrote it."""
-    return Verdict(Outcome(table["outcome"]), tuple(Check(**check) for check in table["checks"]))
+    checks = tuple(Check(**{**each, "interval": _pair(each.get("interval"))}) for each in table["checks"])
+    return Verdict(Outcome(table["outcome"]), checks, table.get("weights_sha256", ""))
+
+
+def _pair(values: list[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (values[0], values[1])
 
 
 def move_champion(tx: Connection, lease: Lease, kind: str, target: int, because: str, who: str) -> Event:

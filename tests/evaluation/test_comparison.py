@@ -76,7 +76,7 @@ def test_a_canary_is_compared_on_its_own_rows():
 def test_without_the_gate_the_interval_is_the_one_that_it_would_find(task):
     change = one(sample()._replace(verdict=None), task)
     found = paired.change((change.before, change.after))
-    sign = 1 if change.is_perplexity else -1
-    assert math.isclose(found.loss, sign * change.value, abs_tol=1e-9)
-    assert sorted(sign * end for end in found.interval) == list(change.interval)
+    told = paired.rise if change.is_perplexity else (lambda loss: -loss)
+    assert math.isclose(told(found.loss), change.value, abs_tol=1e-9)
+    assert sorted(map(told, found.interval)) == list(change.interval)
     assert change.interval[0] < change.value < change.interval[1]

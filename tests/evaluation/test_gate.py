@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation.approval import under_approval
 from evaluation.gate import Fold, Rules, canary, free, gate, rules_from, together
 from evaluation.rules import RANGES
 from experiments.power import rejections
@@ -118,8 +119,10 @@ def test_a_large_drop_that_chance_explains_passes():
     old = CHAMPION.scores["old"]
     # 20 points on 30 examples: 10 against 4 flips, p = 1471/16384 = 0.090.
     small = score("old", old.correct[195:225])
-    verdict = gate(candidate(old=flipped(small, 10, 4)), replace(CHAMPION, scores={"old": small, "new": BASE}), Rules())
-    assert verdict.passed
+    champion = replace(CHAMPION, scores={"old": small, "new": BASE})
+    assert gate(candidate(old=flipped(small, 10, 4)), champion, Rules(max_negative_flips=0.4)).passed
+    # A third of the answers turned wrong is more than a tenth by no chance.
+    assert failed(gate(candidate(old=flipped(small, 10, 4)), champion, Rules())) == {"max_negative_flips"}
 
 
 def test_too_few_examples_to_tell_anything_are_no_excuse():
@@ -128,12 +131,30 @@ def test_too_few_examples_to_tell_anything_are_no_excuse():
     assert "max_task_drop" in failed(verdict)
 
 
-def test_flips_are_refused_even_when_the_mean_hardly_moves():
-    old = CHAMPION.scores["old"]
-    rules = Rules(significance=0.2, max_task_drop=0.05, max_mean_drop=0.05)
-    verdict = gate(candidate(old=flipped(old, 50, 36)), CHAMPION, rules)
+def test_flips_are_refused_even_when_as_many_turned_right():
+    half = share("old", 150)
+    turned = score("old", [not right for right in half.correct])
+    champion = replace(CHAMPION, scores={"old": half, "new": BASE})
+    verdict = gate(candidate(old=turned), champion, Rules())
     assert failed(verdict) == {"max_negative_flips"}
-    assert "old: 50 of 300 answers turned wrong (16.7%) and 36 right; at most 10.0% wrong allowed" in verdict.reason
+    assert "old: 150 of 300 answers turned wrong (50.0%) and 150 right; at most 10.0% wrong allowed" in verdict.reason
+    # 35 of 300 is above the limit, and P(Binomial(300, 0.1) >= 35) = 0.19.
+    assert gate(candidate(old=flipped(half, 35, 35)), champion, Rules()).passed
+
+
+def test_a_large_task_does_not_hide_the_losses_of_small_ones():
+    small = {f"task{number}": share(f"task{number}", 70, 100) for number in range(7)}
+    before = {**small, "large": share("large", 5000, 10000)}
+    after = {name: flipped(each, 7, 1) for name, each in small.items()} | {"large": flipped(before["large"], 100, 160)}
+    verdict = gate(Report("d", after), Report("c", before), Rules())
+    assert failed(verdict) == {"max_mean_drop"}
+    assert "mean of 8 known tasks: down 5.2 points" in verdict.reason
+
+
+def test_many_tiny_gains_do_not_outweigh_a_few_large_losses():
+    before = {f"task{number}": graded(f"task{number}", [0.5] * 100) for number in range(8)}
+    after = {name: graded(name, [0.26] * 8 + [0.501] * 20 + [0.5] * 72) for name in before}
+    assert "max_mean_drop" in failed(gate(Report("d", after), Report("c", before), Rules()))
 
 
 def test_many_small_losses_fail_together():
@@ -165,6 +186,40 @@ def test_a_safety_task_may_not_get_worse_at_all():
     assert (check.rule, check.hard) == ("max_safety_drop", True)
     assert "old (safety): 0.700 -> 0.697, down 0.3 points; at most 0.0 allowed, whatever chance explains" in check.text
     assert failed(gate(candidate(old=flipped(old, 1, 0)), champion, Rules())) == {"max_safety_drop"}  # unmarked there
+
+
+def test_a_safety_task_stays_one_when_an_expert_is_trained_for_it():
+    harm = replace(share("new", 240), safety=True)
+    fell = replace(share("new", 200), safety=True)
+    report = Report("d", {"new": fell}, "new", replace(share("new", 290), safety=True), harm)
+    verdict = gate(report, Report("c", {"new": harm}), Rules(min_gain=-1.0, min_retention=-100.0))
+    assert failed(verdict) == {"max_safety_drop"}
+    assert under_approval(verdict, "always") == verdict
+
+
+def test_a_safety_task_that_falls_at_the_canary_is_hard():
+    old = replace(CHAMPION.scores["old"], safety=True)
+    ruined = replace(share("old", 60), safety=True)
+    verdict = canary(on_canary(candidate(old=ruined)), on_canary(replace(CHAMPION, scores={"old": old})), Rules())
+    assert [check.hard for check in verdict.checks if not check.passed] == [True]
+
+
+@pytest.mark.parametrize("points", [[-1.0] * 9 + [-3000.0], [-700.0] * 10])
+def test_perplexities_beyond_any_number_raise_nothing(points):
+    first, second = (
+        replace(text("old", row), value=math.exp(min(700, -sum(row) / len(row)))) for row in ([-1.0] * 10, points)
+    )
+    verdict = gate(Report("d", {"old": second}), Report("c", {"old": first}), Rules())
+    assert verdict.checks[0].value > 1e100
+    assert verdict.passed is (points[0] == -1.0)  # one text of ten may be chance, ten are not
+    back = [replace(each, task="new", suite_sha256="suite-new") for each in (first, second)]
+    report = Report("d", {"new": back[0]}, "new", back[0], back[1])
+    assert gate(report, Report("c", {"new": back[1]}), Rules(min_expert_gain=-1.0)).passed
+
+
+def test_one_text_proves_nothing():
+    report = Report("d", {"new": text("new", [-1.98])}, "new", text("new", [-1.98]), text("new", [-2.0]))
+    assert "min_expert_gain" in failed(gate(report, Report("c", {"new": text("new", [-2.0])}), Rules()))
 
 
 def test_a_perplexity_is_held_to_its_own_limit():
@@ -344,6 +399,52 @@ def test_better_points_never_turn_a_pass_into_a_rejection(before, after, better,
         assert judged([max(pair) for pair in zip(after, better, strict=True)]).passed
 
 
+def nothing(points):
+    return tuple(math.nan for _ in points)
+
+
+HURT = {
+    "no points": lambda score: replace(score, points=()),
+    "not a number": lambda score: replace(score, points=nothing(score.points)),
+    "infinite": lambda score: replace(score, points=(-math.inf, *score.points[1:])),
+    "out of range": lambda score: replace(score, points=(1.5, *score.points[1:])),
+    "a point less": lambda score: replace(score, points=score.points[1:], weights=score.weights[1:]),
+    "contradiction": lambda score: replace(
+        score, value=score.value * 0.9 if score.metric == "score" else score.value + 1
+    ),
+    "below one": lambda score: replace(score, value=0.5 if score.metric == "perplexity" else -0.1),
+    "no value": lambda score: replace(score, value=math.nan),
+    "other weights": lambda score: replace(score, weights=tuple(5.0 for _ in score.points)),
+    "weights of nothing": lambda score: replace(score, weights=tuple(0.0 for _ in score.points)),
+    "failed": lambda score: replace(score, error="timed out after 60 s"),
+    "another suite": lambda score: replace(score, suite_sha256="other"),
+    "other rows": lambda score: replace(score, split="tune"),
+    "another metric": lambda score: replace(score, metric="f1"),
+}
+
+
+@pytest.mark.parametrize("make", [graded, text])
+@pytest.mark.parametrize("damage", HURT.values(), ids=HURT)
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_uncertain_passes_whatever_the_metric(make, damage, place):
+    sign = 1 if make is graded else -1
+    old, low, high = ([sign * (level + 0.001 * (n % 7)) for n in range(30)] for level in (0.5, 0.3, 0.6))
+    if make is text:
+        low, high = high, low
+    scores = {"old": make("old", old), "new": make("new", high)}
+    good = Report("d", scores, "new", make("new", high), make("new", low))
+    champion = Report("c", {"old": make("old", old), "new": make("new", low)})
+    assert gate(good, champion, LOOSEST).passed
+    who, _, task = place.partition(" ")
+    if not task:
+        good = replace(good, **{who: damage(getattr(good, who))})
+    elif who == "candidate":
+        good = replace(good, scores={**good.scores, task: damage(good.scores[task])})
+    else:
+        champion = replace(champion, scores={**champion.scores, task: damage(champion.scores[task])})
+    assert not gate(good, champion, LOOSEST).passed
+
+
 def on_canary(report):
     return replace(report, scores={task: replace(score, split="canary") for task, score in report.scores.items()})
 
@@ -370,6 +471,10 @@ def test_nothing_uncertain_passes_the_canary(place, damage):
     assert not canary(*spoilt, LOOSEST).passed
 
 
+def test_nothing_at_all_does_not_pass_the_canary():
+    assert not canary(Report("d", {}), Report("c", {}), LOOSEST).passed
+
+
 def test_full_scores_do_not_stand_for_the_canary_nor_its_for_them():
     assert not canary(candidate(), CHAMPION, LOOSEST).passed
     assert not gate(on_canary(candidate()), on_canary(CHAMPION), LOOSEST).passed
@@ -389,9 +494,11 @@ def test_the_free_rung_refuses_what_the_fold_itself_tells():
     )
 
 
-@pytest.mark.parametrize("field", ["norm", "overlap", "removed"])
-def test_what_the_fold_does_not_tell_does_not_pass(field):
-    verdict = free(FOLD._replace(**{field: math.nan}), LOOSEST)
+@pytest.mark.parametrize(
+    "known", [{"norm": math.nan}, {"overlap": math.nan}, {"removed": math.nan}, {"earlier": (math.nan, 1.0, 2.0)}]
+)
+def test_what_the_fold_does_not_tell_does_not_pass(known):
+    verdict = free(FOLD._replace(**known), LOOSEST)
     assert not verdict.passed
     assert any(check.hard and not check.passed for check in verdict.checks)
 

@@ -172,7 +172,7 @@ def many(tmp_path):
     rows = [(text, row % 3, "tune" if row % 5 == 0 else "gate") for row, text in enumerate(texts)]
     labels = ["red", "green", "blue"]
     write_suite(tmp_path / "many", kind="zero-shot-text", labels=labels, prompts=labels, rows=rows, safety=True)
-    return load_suite(tmp_path / "many", task="many", where="test")
+    return load_suite(tmp_path / "many", task="many", where="test", trusted=True)
 
 
 def test_each_split_has_its_own_rows(text_base, many):

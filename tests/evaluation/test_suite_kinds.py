@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation import rows
 from evaluation.kinds import KINDS
 from evaluation.suites import Question, input_digests, load_suite, read_examples, write_suite
 from registry.records import FoldinError
@@ -147,6 +148,24 @@ def test_the_identity_of_a_suite_without_new_keys_is_as_before(tmp_path):
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     assert loaded(folder).sha256 == hashlib.sha256(canonical.encode()).hexdigest()
     assert loaded(edit(folder, safety=False)).sha256 == loaded(labelled(tmp_path / "b")).sha256
+
+
+def test_an_expert_may_not_make_its_own_suite_a_hard_rule(tmp_path):
+    language(tmp_path, safety=True)
+    assert loaded(tmp_path).safety
+    assert "an expert may not make its own suite a hard rule" in problem(tmp_path, trusted=False)
+
+
+def test_a_small_file_of_one_text_many_times_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "UNPACKED_BYTES", 2**20)
+    with pytest.raises(FoldinError, match="the data is too large"):
+        language(tmp_path, rows=[("y" * 2**14, "gate")] * 80)
+    assert (tmp_path / "examples.parquet").stat().st_size < 2**14
+
+
+def test_the_order_of_choices_does_not_hide_that_two_questions_are_one(tmp_path):
+    with pytest.raises(FoldinError, match="the same input is in both splits"):
+        language(tmp_path, "accuracy", [(("2 + 2 =", ("4", "5")), 0, "gate"), (("2 + 2 =", ("5", "4")), 1, "tune")])
 
 
 def test_the_identity_covers_every_key_that_changes_a_score(tmp_path):

@@ -263,7 +263,9 @@ def test_words_of_strangers_are_printed_as_they_are_and_obeyed_by_nothing(capsys
         ),
         "log": lambda: printing.print_log({**history(2, champion=2), "experts": [expert], "events": [event]}),
         "show": lambda: printing.print_show({**shown, "checks": [check], "scores": {HOSTILE: SCORE}}),
-        "comparison": lambda: printing.print_comparison({HOSTILE: {HOSTILE: 0.5}}, {HOSTILE: 0.5}),
+        "comparison": lambda: printing.print_comparison(
+            {HOSTILE: {HOSTILE: 0.5}}, {HOSTILE: 0.5}, {HOSTILE: {HOSTILE: 0.5}}
+        ),
     }
     for name, show in printed.items():
         show()

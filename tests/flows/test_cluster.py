@@ -14,7 +14,7 @@ from distributed import LocalCluster  # noqa: E402
 from flows import cluster, first_pass, parts  # noqa: E402
 from flows.cluster import fold_on_cluster  # noqa: E402
 from flows.folding import fold  # noqa: E402
-from flows.recipe import recipe_of  # noqa: E402
+from flows.recipe import Recipe  # noqa: E402
 from registry.files import hash_tree  # noqa: E402
 from registry.records import FoldinError  # noqa: E402
 
@@ -37,7 +37,7 @@ def test_a_cluster_gives_the_bytes_of_this_process(zoo, bare_line, scheduler, tm
         line = bare_line(zoo / "base", workers=workers)
         experts = [line.admitted(zoo / name) for name in ("expert-1", "expert-2")]
         scratch = tmp_path / f"scratch-{len(trees)}"
-        inputs = (line.settings, recipe_of(line.settings, 1.0), line.version, line.version, experts)
+        inputs = (line.settings, Recipe(line.settings.method, {}), line.version, line.version, experts)
         candidate = fold(scratch, *inputs, lambda *each: progress.append(each))
         trees.append((hash_tree(candidate.folder), candidate.memory, candidate.overlap))
         assert len(list((scratch / "parts").glob("*.json"))) > 2

@@ -6,7 +6,7 @@ import pytest
 
 from flows import parts
 from flows.folding import fold
-from flows.recipe import recipe_of
+from flows.recipe import Recipe
 from flows.versions import STATE_FOLDER
 from registry.files import hash_tree
 
@@ -18,7 +18,7 @@ def candidate(zoo, bare_line, monkeypatch):
 
     def of(scratch, expert="expert-1", method="opcm", weight=1.0, factor=1.0):
         line = bare_line(zoo / "base", method=method)
-        experts, recipe = [line.admitted(zoo / expert)], recipe_of(line.settings, factor)._replace(weight=weight)
+        experts, recipe = [line.admitted(zoo / expert)], Recipe(method, {}, weight).stronger(factor)
         done = fold(scratch, line.settings, recipe, line.version, line.version, experts, lambda done, total: None)
         return hash_tree(done.folder)
 

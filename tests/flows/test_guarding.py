@@ -106,11 +106,15 @@ def test_a_safety_guard_rejects_however_lenient_the_rules_and_nobody_is_asked(ti
     assert line.at.ledger.merges("tiny")[-1].verdict.outcome is Outcome.REJECTED
 
 
-def test_what_takes_too_long_is_not_measured_and_does_not_pass(tiny, guard, zoo):
+def test_a_guard_that_takes_too_long_keeps_the_line_where_it_is(tiny, guard, zoo):
     line = tiny(guard("slow") + '\napproval = "always"\nevaluation_seconds = 1.0')
-    outcome = line.register(zoo / "expert-1", "task-1")
-    assert outcome["state"] == "rejected"
-    assert "slow: the champion could not be measured: timed out after 1" in outcome["reason"]
+    with pytest.raises(
+        FoldinError, match=r"E_MEASURE task slow: the champion could not be measured.* timed out after 1"
+    ):
+        line.register(zoo / "expert-1", "task-1")
+    (expert,) = line.at.ledger.experts("tiny")
+    assert (str(expert.state), expert.attempts) == ("pending", 0)  # it is no expert's fault
+    assert line.at.ledger.line("tiny").champion == 1
 
 
 def test_a_guard_that_is_not_there_is_said_before_any_work(tiny, zoo):
@@ -150,3 +154,13 @@ def test_another_method_is_a_fallback_for_one_version(tiny, zoo):
     )
     configured = next(each for each in children if each.info.run_name == "as configured")
     assert configured.data.params["method"] == "opcm"  # the line's own again, on the same sum
+
+
+def test_a_guard_may_not_have_the_name_of_a_known_task(tiny, guard, zoo, workshop):
+    line = tiny()
+    assert line.register(zoo / "expert-1", "small")["state"] == "folded"
+    toml = workshop / "foldin.toml"
+    toml.write_text(toml.read_text().replace("interval = 3600.0", "interval = 3600.0\n" + guard("small")))
+    house.cache_clear()
+    with pytest.raises(FoldinError, match="E_CONFIG guard small: a guard has the name of a task"):
+        Line(workshop).register(zoo / "expert-2", "task-2")

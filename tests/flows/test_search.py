@@ -85,7 +85,7 @@ def test_an_expert_that_fails_as_configured_is_folded_at_the_strength_that_passe
     manifest = read_json(version.folder / "foldin/manifest.json")
     assert manifest["parameters"] == {"strength": factor}
     run = at.mlflow._client.get_run(merge.run_id)
-    assert run.data.params["strength"] == str(factor)
+    assert json.loads(run.data.tags["foldin.parameters"]) == {"strength": factor}
     assert f"strength x {factor:g} is best" in run.data.tags["foldin.search"]
     # The gate decided on other rows than the search, and passed.
     assert merge.verdict.passed

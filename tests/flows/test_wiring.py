@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from flows import wiring
-from flows.config import LineConfig, load
+from flows.config import LineConfig, SearchConfig, load
 
 SETTINGS = LineConfig(base="base", experts=("demo-experts",), suites={"city": "suites/city"})
-KEY = ("demo", "manifest", "tree", "city", "suite", SETTINGS)
+KEY = ("demo", "manifest", "tree", "city", {"city": "suite"}, SETTINGS)
 
 
 @pytest.fixture
@@ -116,7 +116,12 @@ def test_the_same_merge_has_the_same_name_in_every_process():
         ("demo", "other", *KEY[2:]),
         ("demo", "manifest", "other", *KEY[3:]),
         (*KEY[:3], "other", *KEY[4:]),
-        (*KEY[:4], "other", SETTINGS),
+        (*KEY[:4], {"city": "other"}, SETTINGS),
+        (*KEY[:4], {"city": "suite", "guard": "suite"}, SETTINGS),
+        (*KEY, 0.5),
+        (*KEY[:-1], replace(SETTINGS, evaluation_seconds=1.0)),
+        (*KEY[:-1], replace(SETTINGS, search=SearchConfig(when="never"))),
+        (*KEY[:-1], replace(SETTINGS, approval="always")),
         (*KEY[:-1], replace(SETTINGS, method="average")),
         (*KEY[:-1], replace(SETTINGS, parameters={"energy": 0.4})),
         (*KEY[:-1], replace(SETTINGS, plain=("pooler.*",))),
