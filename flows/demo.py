@@ -137,8 +137,9 @@ def _start(config_file: Path, config: Config) -> None:
 
 def _fold_all(config_file: Path, config: Config, trained: "Mapping[str, tuple[TextTask, Path]]", story: Story) -> None:
     from experiments.plain_client import register_expert
+    from flows.approval import decide
 
-    uri = tracking_uri(config)
+    at, uri = house(str(config_file)), tracking_uri(config)
     outcomes = []
     for name, (_, folder) in trained.items():
         register_expert(uri, EXPERTS, folder, name, artifact_root(config))
