@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.comparing import compare
 from flows.config import Config, load
 from flows.serve import temporary_prefect
 from flows.setup import write_line
@@ -98,7 +99,7 @@ def _live(config_file: Path, base: Path, trained: "Mapping[str, tuple[TextTask, 
     story.chapter("A person moves the alias two versions back in MLflow; foldin adopts it, then rolls forward")
     _back_and_forth(config_file, config, story)
     story.chapter("What it was worth")
-    _compare(house(str(config_file)), trained, story)
+    story.note(**compare(house(str(config_file)), LINE, {name: folder for name, (_, folder) in trained.items()}))
 
 
 def _fresh(home: Path) -> Path:
@@ -195,45 +196,6 @@ def _back_and_forth(config_file: Path, config: Config, story: Story) -> None:
         rollback={"from": newest, "moved_to": newest - 2, "adopted": adopted, "forward_to": champion(uri, LINE)},
         champion=champion(uri, LINE),
     )
-
-
-def _compare(at: House, trained: "Mapping[str, tuple[TextTask, Path]]", story: Story) -> None:
-    """Base, experts, two plain merges and the champion on every task, measured now."""
-    from flows.printing import print_comparison
-    from flows.scoring import GATE, Bench, Subject, known_tasks, score
-    from flows.versions import chain, open_version
-    from merging import merge
-    from registry.weights import Checkpoint, content_sha256
-
-    champion = at.ledger.line(LINE).champion or 0
-    served = open_version(at, LINE, champion)
-    base = open_version(at, LINE, chain(at, LINE, champion)[-1])
-    settings = at.config.line(LINE)
-    bench = Bench(at, settings, base)
-    tasks = known_tasks(at, settings, served.memory, served.folder)
-    experts = {name: Checkpoint.open(folder) for name, (_, folder) in trained.items()}
-
-    def measure(title: str, weights: Any, names: Any) -> dict[str, float]:  # noqa: ANN401 - mappings of tensors
-        with bar(f"measuring {title}") as progress:
-            subject = Subject(content_sha256(weights)[0], weights)
-            found = score(bench, subject, {name: tasks[name] for name in names}, GATE, progress)
-        return {name: each.value for name, each in found.items()}
-
-    rows = {"base": measure("the base", base.weights(), tasks)}
-    # The line does not know the task of an expert that it refused.
-    known = [name for name in tasks if name not in settings.guards]
-    rows["experts, each on its own task"] = {name: measure(name, experts[name], [name])[name] for name in known}
-    projected = served.memory.projected
-    for title, method in (("average", "average"), ("task arithmetic 0.3", "task_arithmetic")):
-        merged = merge(base.weights(), list(experts.values()), method, projected=projected)
-        rows[title] = measure(title, merged, tasks)
-    rows["OPCM (the champion)"] = measure("the champion", served.weights(), tasks)
-    guarded = {name: {title: row.pop(name) for title, row in rows.items() if name in row} for name in settings.guards}
-    means = {title: sum(row.values()) / len(row) for title, row in rows.items()}
-    story.note(guarded=guarded)
-    story.note(searched={"factor": served.memory.factor, "parameters": dict(served.memory.parameters)})
-    story.note(accuracy=rows, mean_accuracy=means, champion_weights_sha256=served.memory.weights_sha256)
-    print_comparison(rows, means, guarded)
 
 
 def _close(config_file: Path, json_file: Path | None, story: Story) -> None:
