@@ -32,6 +32,19 @@ def trial(seed: int, churn: float, loss: float, tasks: int = 8, examples: int = 
     return gate(Report("candidate", after), Report("champion", before), Rules())
 
 
+def graded(seed: int, tasks: int = 8, examples: int = 10) -> Verdict:
+    """The verdict on a candidate whose scores differ from the champion's by chance alone."""
+    random = np.random.default_rng(seed)
+    sides: list[dict[str, TaskScore]] = [{}, {}]
+    for number in range(tasks):
+        level = random.uniform(0.2, 0.8, examples)
+        for side in sides:
+            points = tuple(np.clip(level + random.normal(0, 0.1, examples), 0, 1).tolist())
+            name = f"task{number}"
+            side[name] = TaskScore(name, f"suite of {name}", "score", sum(points) / examples, points=points)
+    return gate(Report("candidate", sides[1]), Report("champion", sides[0]), Rules())
+
+
 def rejections(trials: int, churn: float, loss: float, first: int = 0) -> int:
     """How many of some seeded trials the gate rejects."""
     return sum(not trial(seed, churn, loss).passed for seed in range(first, first + trials))
@@ -53,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for churn in CHURNS:
         shares = [rejections(trials, churn, loss) / trials for loss in LOSSES]
         print(f"| {churn:.1%} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")  # noqa: T201
+    for examples in (10, 30, 100):
+        wrong = sum(not graded(seed, examples=examples).passed for seed in range(trials)) / trials
+        print(f"\nscores that differ by chance alone, {examples} a task: {wrong:.1%} rejected")  # noqa: T201
 
 
 if __name__ == "__main__":
