@@ -1,6 +1,7 @@
 """A second chance on the digits: an expert that the gate rejects as it is configured is folded in a way that passes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from experiments.plain_client import register_expert
 from flows.versions import REPORT_FILE, open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry.files import read_json
+from registry.records import FoldinError, Refusal
 
 pytestmark = pytest.mark.integration
 
@@ -104,3 +106,57 @@ def test_without_a_search_the_same_expert_is_rejected(line):
     assert outcome["state"] == "rejected"
     assert "plain: " in outcome["reason"]
     assert at.ledger.line("digits").champion == 2
+
+
+@pytest.fixture
+def tiny(workshop, prefect, zoo):
+    """A house whose line reads six times too strongly and searches always, with one expert that waits; and its look."""
+    from flows.watch import watch
+
+    toml = workshop / "foldin.toml"
+    rows = 'parameters = { strength = 6.0 }\nsearch = { when = "always", strengths = [0.2] }'
+    toml.write_text(toml.read_text().replace("interval = 3600.0", f"interval = 3600.0\n{rows}"))
+    at = house(str(toml))
+    register_expert(tracking_uri(at.config), "tiny-experts", zoo / "expert-1", "task-1", artifact_root(at.config))
+    return at, lambda: watch("tiny", str(toml))
+
+
+@pytest.mark.parametrize(
+    ("died", "strength"),
+    [
+        ("record_verdict", 6.0),  # nothing of the first choice was published: it is forgotten
+        ("commit", 1.2),  # the first choice is a registered version: it stands
+    ],
+)
+def test_a_search_that_chooses_otherwise_after_a_crash_never_mixes_verdict_and_weights(
+    tiny, monkeypatch, died, strength
+):
+    from flows import merge
+
+    at, look = tiny
+    original = getattr(at.ledger, died)
+
+    def dying(*arguments, **options):
+        if died == "record_verdict":
+            original(*arguments, **options)
+        raise FoldinError(Refusal("E_LEDGER", "died here"))
+
+    look_at_base(at)
+    monkeypatch.setattr(at.ledger, died, dying)
+    with pytest.raises(FoldinError, match="died here"):
+        look()
+    monkeypatch.undo()
+    shutil.rmtree(at.work("tiny"))  # another machine, which has no time to search
+    monkeypatch.setattr(merge, "wanted", lambda when, judged: False)
+    assert [each["state"] for each in look()] == ["folded"]
+    version = open_version(at, "tiny", 2)
+    assert version.memory.parameters == {"strength": strength}
+    assert at.ledger.merges("tiny")[-1].verdict.weights_sha256 == version.memory.weights_sha256
+    assert at.mlflow.champion("tiny") == 2
+
+
+def look_at_base(at):
+    """Start the line, so that what dies later is the expert's merge."""
+    from flows.starting import start
+
+    start(at, "tiny", at.config.line("tiny"))
