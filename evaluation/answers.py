@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaluation.escape import clean
-from registry.records import FoldinError, Refusal, TaskScore
+from registry.records import FoldinError, Refusal
+from registry.verdicts import TaskScore
 
 COLUMNS = {
     "predictions": ("prediction", pa.int64()),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from registry.records import Outcome, Verdict
+from registry.verdicts import Outcome, Verdict
 
 APPROVALS = ("never", "on-reject", "always")
 

@@ -8,7 +8,7 @@ from evaluation.escape import clean
 from evaluation.metrics import sign_test
 from evaluation.paired import Change, Pair, by_chance, change, gained, rise
 from evaluation.rules import Rules
-from registry.records import Check
+from registry.verdicts import Check
 
 ROUNDING = 1e-9  # 0.75 - 0.70 is a little more than 0.05 in binary; it must not fail a limit of 0.05
 

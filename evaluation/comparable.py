@@ -4,7 +4,7 @@ import math
 
 from evaluation.escape import clean
 from evaluation.paired import Pair
-from registry.records import TaskScore
+from registry.verdicts import TaskScore
 
 
 def pair(

@@ -8,7 +8,7 @@ from evaluation.comparable import pair
 from evaluation.metrics import flips
 from evaluation.paired import Pair, change, rise
 from evaluation.report import Record
-from registry.records import Check, TaskScore
+from registry.verdicts import Check, TaskScore
 
 Interval = tuple[float, float]
 LOSSES = ("max_task_drop", "max_safety_drop", "max_perplexity_rise", "max_canary_drop", "max_canary_rise")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from evaluation import wording
 from evaluation.comparison import Change
 from evaluation.drawing import BAD, GOOD, INK, LINE, MUTED, PAGE, axes_at, canvas, label
-from registry.records import Try
+from registry.verdicts import Try
 
 WIDTH, PANEL, LETTER = 720.0, 134.0, 6.8  # pixels
 Numbered = tuple[int, Try]  # as in the table beside the picture

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from registry.records import Report, Try
+from registry.verdicts import Report, Try
 
 
 def means(report: Report) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ from evaluation import checks
 from evaluation.comparable import pair
 from evaluation.paired import Pair
 from evaluation.rules import Rules, rules_from
-from registry.records import Check, Outcome, Report, TaskScore, Verdict
+from registry.verdicts import Check, Outcome, Report, TaskScore, Verdict
 
 __all__ = ["Fold", "Rules", "canary", "free", "gate", "rules_from", "together"]
 

@@ -7,7 +7,7 @@ from evaluation import wording
 from evaluation.comparison import Change
 from evaluation.markup import Row, cell, facts, folded, paragraph, table
 from evaluation.report import Record
-from registry.records import Check, Outcome
+from registry.verdicts import Check, Outcome
 
 MARKS = {Outcome.PASSED: ("✓", "passed"), Outcome.REJECTED: ("✕", "rejected"), Outcome.WAITING: ("?", "waiting")}
 WORDS_FIRST = ("line", "expert", "task", "parent", "method")  # of the lineage, which people ask for first

@@ -7,7 +7,8 @@ each task to the row in which it was folded (0 for the first expert). Accuracies
 import math
 from collections.abc import Mapping, Sequence
 
-from registry.records import FoldinError, Refusal, TaskScore
+from registry.records import FoldinError, Refusal
+from registry.verdicts import TaskScore
 
 Matrix = Sequence[Mapping[str, float]]
 

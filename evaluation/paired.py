@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.metrics import sign_test
-from registry.records import TaskScore
+from registry.verdicts import TaskScore
 
 DRAWS = 10_000  # of the bootstrap and of random halves; p values go down to 1 / (DRAWS + 1)
 EPSILON = 1e-12  # sums of differences that should be 0 are not, in binary

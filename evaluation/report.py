@@ -10,7 +10,8 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from evaluation.escape import clean
-from registry.records import Flip, FoldinError, Refusal, Report, TaskScore, Try, Verdict
+from registry.records import FoldinError, Refusal
+from registry.verdicts import Flip, Report, TaskScore, Try, Verdict
 
 FORMAT = "foldin-report/2"
 Json = dict[str, Any]

@@ -17,7 +17,8 @@ from evaluation.escape import clean
 from evaluation.language import Language
 from evaluation.measures import Measure
 from evaluation.suites import SAMPLE, Suite, read_examples
-from registry.records import FoldinError, TaskScore
+from registry.records import FoldinError
+from registry.verdicts import TaskScore
 
 
 class Bench(NamedTuple):

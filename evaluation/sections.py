@@ -6,7 +6,7 @@ from evaluation import wording
 from evaluation.comparison import Change
 from evaluation.markup import Row, facts, figure, folded, paragraph, section, table
 from evaluation.report import Record
-from registry.records import Flip, TaskScore, Try
+from registry.verdicts import Flip, TaskScore, Try
 
 Drawn = Mapping[str, str]  # chart -> its SVG
 MOST_FLIPS = 24  # in the page; the answers lie beside it as Parquet

@@ -3,7 +3,7 @@
 import math
 
 from evaluation.escape import clean
-from registry.records import Check, Outcome, TaskScore, Verdict
+from registry.verdicts import Check, Outcome, TaskScore, Verdict
 
 Interval = tuple[float, float]
 MINUS = "\N{MINUS SIGN}"

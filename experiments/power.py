@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evaluation.gate import Rules, gate
-from registry.records import Report, TaskScore, Verdict
+from registry.verdicts import Report, TaskScore, Verdict
 
 ACCURACY = 0.75  # of the champion
 CHURNS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)

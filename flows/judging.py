@@ -15,7 +15,8 @@ from flows.scoring import GATE, Bench, Rows, Subject, Task, known_tasks, score
 from flows.telling import bar
 from flows.versions import Version
 from registry.files import shown
-from registry.records import FoldinError, Refusal, Report, TaskScore, Try, Verdict
+from registry.records import FoldinError, Refusal
+from registry.verdicts import Report, TaskScore, Try, Verdict
 
 if TYPE_CHECKING:
     from evaluation.gate import Fold, Rules

@@ -33,7 +33,8 @@ from flows.waiting import stands_still
 from flows.wiring import House, house
 from flows.work import Work, work_on
 from registry.files import shown, sweep
-from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Outcome, Refusal
+from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Refusal
+from registry.verdicts import Outcome
 
 if TYPE_CHECKING:
     from evaluation.report import Record

@@ -11,7 +11,8 @@ from flows.folding import Candidate
 from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Memory, Version
 from flows.wiring import CODE_FORMAT, House
 from registry.files import MANIFEST, read_json, sha256_file, verify_manifest, write_manifest
-from registry.records import Expert, FoldinError, Refusal, Try, Verdict
+from registry.records import Expert, FoldinError, Refusal
+from registry.verdicts import Try, Verdict
 
 if TYPE_CHECKING:
     from evaluation.report import Record

@@ -10,7 +10,7 @@ from flows.scoring import known_tasks
 from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Memory, Version
 from flows.wiring import House
 from registry.files import read_json, write_atomic, write_json
-from registry.records import Flip
+from registry.verdicts import Flip
 
 if TYPE_CHECKING:
     from evaluation.report import Record

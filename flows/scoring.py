@@ -16,7 +16,8 @@ from flows.versions import Folded, Memory, Version, head_of
 from flows.wiring import House
 from registry import intake
 from registry.files import write_atomic
-from registry.records import FoldinError, Refusal, TaskScore
+from registry.records import FoldinError, Refusal
+from registry.verdicts import TaskScore
 
 if TYPE_CHECKING:
     from torch import Tensor

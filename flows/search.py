@@ -23,7 +23,8 @@ from flows.recipe import Recipe
 from flows.scoring import TUNE, Subject, Task
 from flows.telling import say
 from registry.files import read_json, write_json
-from registry.records import FoldinError, Outcome, Report, Try, Verdict
+from registry.records import FoldinError
+from registry.verdicts import Outcome, Report, Try, Verdict
 
 FOUND_FILE = "search.json"  # beside the candidate
 Refold = Callable[[Recipe, Path], Candidate]  # recipe, scratch folder -> candidate

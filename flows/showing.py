@@ -9,7 +9,8 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 
 from evaluation.escape import clean
 from flows.versions import PLOTS
-from registry.records import Check, Expert, ExpertState
+from registry.records import Expert, ExpertState
+from registry.verdicts import Check
 
 if TYPE_CHECKING:
     from evaluation.report import Record

@@ -19,7 +19,8 @@ from flows.versions import PAGE_FILE, REPORT_FILE, STATE_FILE, STATE_FORMAT, Mem
 from flows.wiring import House, merge_key
 from registry import intake
 from registry.files import write_atomic, write_json
-from registry.records import FoldinError, Merge, Outcome, Refusal, Report, Verdict
+from registry.records import FoldinError, Merge, Refusal
+from registry.verdicts import Outcome, Report, Verdict
 
 
 def start(house: House, line: str, settings: LineConfig) -> int:

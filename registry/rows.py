@@ -6,21 +6,9 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select, update
 
 from registry.lineage import ancestry
-from registry.records import (
-    Check,
-    Decision,
-    Event,
-    Expert,
-    ExpertState,
-    FoldinError,
-    Lease,
-    Line,
-    Merge,
-    Outcome,
-    Refusal,
-    Verdict,
-)
+from registry.records import Decision, Event, Expert, ExpertState, FoldinError, Lease, Line, Merge, Refusal
 from registry.schema import events, experts, lines, merges, now
+from registry.verdicts import Check, Outcome, Verdict
 
 
 def line_from(row: Row[Any]) -> Line:

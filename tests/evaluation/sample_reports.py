@@ -3,7 +3,7 @@
 import math
 
 from evaluation.report import Record
-from registry.records import Check, Flip, Outcome, Report, TaskScore, Try, Verdict
+from registry.verdicts import Check, Flip, Outcome, Report, TaskScore, Try, Verdict
 
 SUITE, WEIGHTS = "5" * 64, "a" * 64
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.approval import APPROVALS, under_approval
-from registry.records import Check, Outcome, Verdict
+from registry.verdicts import Check, Outcome, Verdict
 
 settings = st.sampled_from(APPROVALS)
 checks = st.builds(

@@ -7,7 +7,7 @@ import pytest
 
 from evaluation import paired
 from evaluation.comparison import changes
-from registry.records import Check, Outcome, Report, Verdict
+from registry.verdicts import Check, Outcome, Report, Verdict
 from tests.evaluation.sample_reports import answered, sample
 
 

@@ -13,7 +13,8 @@ from evaluation.approval import under_approval
 from evaluation.gate import Fold, Rules, canary, free, gate, rules_from, together
 from evaluation.rules import RANGES
 from experiments.power import rejections
-from registry.records import FoldinError, Outcome, Report, TaskScore
+from registry.records import FoldinError
+from registry.verdicts import Outcome, Report, TaskScore
 
 COUNT = 300
 

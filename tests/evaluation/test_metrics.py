@@ -15,7 +15,8 @@ from evaluation.metrics import (
     sign_test,
     summary,
 )
-from registry.records import FoldinError, TaskScore
+from registry.records import FoldinError
+from registry.verdicts import TaskScore
 
 # Three tasks in three folds. By hand: ACC = (.7 + .6 + .9) / 3; BWT = ((.7 - .9) + (.6 - .8)) / 2;
 # BWT' = the same sum / 3; forgetting = ((max(.9, .95) - .7) + (.8 - .6)) / 2.

@@ -14,7 +14,7 @@ from evaluation.escape import clean
 from evaluation.page import as_html
 from evaluation.report import Record
 from evaluation.wording import decided
-from registry.records import Check, Outcome, Report, Verdict
+from registry.verdicts import Check, Outcome, Report, Verdict
 from tests.evaluation.sample_reports import WEIGHTS, answered, sample
 
 AROUND = (("", ""), ("'", "'"), ("\0", "\u2028"), ("x" * 50, "\u200b"), ("</b>", "-->"), ("{{", "}}"))
@@ -238,7 +238,7 @@ def test_a_long_history_stays_a_small_page():
 def test_a_page_without_pictures_does_not_wait_for_matplotlib():
     code = (
         "import sys; from evaluation.page import as_html; from evaluation.report import Record\n"
-        "from registry.records import Report; as_html(Record(Report('w', {})), 'base')\n"
+        "from registry.verdicts import Report; as_html(Record(Report('w', {})), 'base')\n"
         "sys.exit('matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

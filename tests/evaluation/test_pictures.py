@@ -7,7 +7,7 @@ from matplotlib.image import imread
 
 from evaluation.pictures import bar_chart, heat_map, write_plots
 from evaluation.report import Record
-from registry.records import Report
+from registry.verdicts import Report
 from tests.evaluation.sample_reports import sample
 
 NAN = math.nan

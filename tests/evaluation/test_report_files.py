@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from evaluation.answers import answers_bytes, read_answers
 from evaluation.report import FORMAT, Record, as_json, rows_in
-from registry.records import Check, FoldinError, Outcome, Report, TaskScore, Verdict
+from registry.records import FoldinError
+from registry.verdicts import Check, Outcome, Report, TaskScore, Verdict
 
 text = st.text(st.characters(codec="utf-8"), max_size=12)
 number = st.one_of(st.floats(allow_nan=False), st.just(math.nan))

@@ -21,7 +21,8 @@ from flows.doctor import examine
 from flows.reading import log, show, status
 from flows.serve import prefect_server
 from flows.wiring import artifact_root, house, tracking_uri
-from registry.records import FoldinError, Outcome
+from registry.records import FoldinError
+from registry.verdicts import Outcome
 
 pytestmark = pytest.mark.integration
 

@@ -16,7 +16,8 @@ from flows.config import load
 from flows.setup import add_expert, write_line
 from flows.wiring import House, house, tracking_uri
 from registry.lineage import tree
-from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Merge, Outcome, Verdict
+from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Merge
+from registry.verdicts import Outcome, Verdict
 
 SLOW = ("torch", "transformers", "mlflow", "prefect", "sqlalchemy", "pyarrow", "matplotlib", "rich")
 VERBS = {

@@ -11,7 +11,8 @@ from experiments.plain_client import register_expert
 from flows.versions import open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry.files import sha256_file
-from registry.records import FoldinError, Outcome
+from registry.records import FoldinError
+from registry.verdicts import Outcome
 
 pytestmark = pytest.mark.integration
 

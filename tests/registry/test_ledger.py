@@ -10,7 +10,8 @@ from sqlalchemy import text
 
 from registry import database
 from registry.ledger import Ledger
-from registry.records import Decision, ExpertState, ExpertVersion, FoldinError, Merge, Outcome, Verdict
+from registry.records import Decision, ExpertState, ExpertVersion, FoldinError, Merge
+from registry.verdicts import Outcome, Verdict
 
 PASSED = Verdict(Outcome.PASSED)
 

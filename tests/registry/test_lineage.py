@@ -3,7 +3,8 @@
 import pytest
 
 from registry.lineage import ancestry, open_moves, parents_of, tree
-from registry.records import Event, Expert, ExpertState, Merge, Outcome, Verdict
+from registry.records import Event, Expert, ExpertState, Merge
+from registry.verdicts import Outcome, Verdict
 
 PASSED = Verdict(Outcome.PASSED)
 
