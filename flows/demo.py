@@ -26,6 +26,7 @@ guards = {{ retrieval = "{guard}" }}  # general ability: no expert trains for it
 
 [lines.demo.search]
 when = "always"  # also when an expert passes: another strength may be better
+strengths = [1.3, 1.6, 0.7]
 """
 LINE = "demo"
 EXPERTS = "demo-experts"

