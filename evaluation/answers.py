@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaluation.escape import clean
-from registry.records import FoldinError, Refusal
+from registry.records import SYSTEM_ERRORS, FoldinError, Refusal
 from registry.verdicts import TaskScore
 
 COLUMNS = {
@@ -46,6 +46,8 @@ def read_answers(path: Path) -> TaskScore:
         rows: dict[str, Any] = {field: _column(table, name) for field, (name, _) in COLUMNS.items()}
         return TaskScore(**facts, **rows)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+            raise
         what, remedy = "these are no answers of a model", "remove the file; the model is measured again"
         raise FoldinError(Refusal("E_FORMAT", what, str(path), found=clean(str(error)), remedy=remedy)) from None
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from evaluation.escape import clean
-from evaluation.metrics import sign_test
 from evaluation.paired import Change, Pair, by_chance, change, gained, rise
 from evaluation.rules import Rules
 from registry.verdicts import Check
@@ -24,9 +23,9 @@ def known_task(task: str, both: Pair, rules: Rules, tests: int) -> list[Check]:
     Accuracy and scores are held to max_task_drop, accuracy also to max_negative_flips, perplexity to
     max_perplexity_rise.
     """
-    found = change(both)
     if is_safety(both):
         return [safety(task, both, rules)]
+    found = change(both)
     if both[0].metric == "perplexity":
         return [drop("max_perplexity_rise", task, both, found, rules, tests)]
     answers = [drop("max_task_drop", task, both, found, rules, tests)]
@@ -37,7 +36,7 @@ def sampled_task(task: str, both: Pair, rules: Rules, tasks: int) -> Check:
     """A known task against the champion on its canary sample, at a tenth of the significance; safety fails hard."""
     rule = "max_canary_rise" if both[0].metric == "perplexity" else "max_canary_drop"
     found = drop(rule, task, both, change(both), rules, 10 * tasks)
-    return replace(found, rung="canary", hard=not found.passed and (both[0].safety or both[1].safety))
+    return replace(found, rung="canary", hard=not found.passed and is_safety(both))
 
 
 def drop(rule: str, task: str, both: Pair, found: Change, rules: Rules, tests: int) -> Check:
@@ -78,17 +77,12 @@ def mean_drop(pairs: Sequence[Pair], rules: Rules, tests: int) -> Check:
     """Whether the mean over the known tasks fell no further than max_mean_drop, or chance explains the fall."""
     limit, level, changes = rules.max_mean_drop, rules.significance / tests, [change(both) for both in pairs]
     loss = math.fsum(each.loss for each in changes) / len(pairs)
-    p = sign_test(changes[0].losses, changes[0].wins) if _is_one_accuracy(pairs) else by_chance(pairs)
-    least = 0.5 ** sum(both[0].examples for both in pairs)
+    p, least = by_chance(pairs), 0.5 ** sum(both[0].examples for both in pairs)
     passed = loss <= limit + ROUNDING or _chance(p, least, level)
     allowed = f"at most {_points(limit)} allowed ({_p(p, level)})"
     text = f"mean of {len(pairs)} known task{'s' * (len(pairs) > 1)}: {_direction(-loss)}; {allowed}"
     edge = math.sqrt(math.fsum((each.interval[1] - each.interval[0]) ** 2 for each in changes)) / 2 / len(pairs)
     return Check("max_mean_drop", "", loss, limit, passed, text, interval=(loss - edge, loss + edge))
-
-
-def _is_one_accuracy(pairs: Sequence[Pair]) -> bool:
-    return len(pairs) == 1 and pairs[0][0].metric == "accuracy"
 
 
 def gain(task: str, both: Pair, rules: Rules) -> Check:

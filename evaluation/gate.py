@@ -126,8 +126,9 @@ def _new(candidate: Report, champion: Report, rules: Rules, split: str) -> list[
         _retention(candidate, rules, split),
     ]
     both = pair(*_scores(champion, candidate, task), ("champion", "candidate"), task, split)
-    held = not isinstance(both, str) and checks.is_safety(both)  # an expert of its own does not lift the rule
-    return [*answers, checks.safety(task, both, rules)] if held and not isinstance(both, str) else answers
+    if not isinstance(both, str) and checks.is_safety(both):  # an expert of its own does not lift the rule
+        answers.append(checks.safety(task, both, rules))
+    return answers
 
 
 def _gain(candidate: Report, champion: Report, rules: Rules, split: str) -> Check:

@@ -39,17 +39,17 @@ class Change(NamedTuple):
 def change(both: Pair) -> Change:
     """What turned worse from the first score to the second, and whether chance explains it.
 
-    The test is McNemar's exact one for accuracy and `by_chance` for all else. The interval of an accuracy is Agresti
+    The test is `by_chance`. The interval of an accuracy is Agresti
     and Min's (Statistics in Medicine 24, 2005); all others are percentiles of the paired bootstrap (Efron 1979).
     """
     before, after = both
     losses, wins = turned(both)
-    least = 0.5**before.examples
+    p, least = by_chance([both]), 0.5**before.examples
     if before.metric == "accuracy":
         interval = _adjusted(losses, wins, before.examples)
-        return Change(before.value - after.value, interval, sign_test(losses, wins), least, losses, wins)
+        return Change(before.value - after.value, interval, p, least, losses, wins)
     mean, interval = _resampled(both)
-    return Change(mean, interval, max(by_chance([both]), least), max(least, 1 / (DRAWS + 1)), losses, wins)
+    return Change(mean, interval, max(p, least), max(least, 1 / (DRAWS + 1)), losses, wins)
 
 
 def by_chance(pairs: Sequence[Pair]) -> float:
@@ -57,8 +57,11 @@ def by_chance(pairs: Sequence[Pair]) -> float:
 
     A sign-flip test (Fisher 1935): were both models equally good, each example's difference could as well have had the
     other sign. The p value is how often the differences of a random half of the examples add up to no loss; flipping
-    that half then gives a loss at least as large. Exact but for the DRAWS (fixed seed), and monotone in every answer.
+    that half then gives a loss at least as large. Monotone in every answer, and exact but for the DRAWS (fixed seed);
+    of one accuracy it is McNemar's exact test, which needs none.
     """
+    if len(pairs) == 1 and pairs[0][0].metric == "accuracy":
+        return sign_test(*turned(pairs[0]))
     loss = np.concatenate([_shares(both) for both in pairs])
     loss = loss[loss != 0]
     if not (loss > 0).any():

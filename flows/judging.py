@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.admission import Admitted
 from flows.folding import Candidate
-from flows.scoring import GATE, Bench, Rows, Subject, Task, known_tasks, score
+from flows.scoring import GATE, Bench, Rows, Subject, Task, known_tasks, score, task_of
 from flows.telling import bar
 from flows.versions import Version
 from registry.files import shown
@@ -63,8 +63,8 @@ class Judged:
 def contest(bench: Bench, rules: "Rules", parent: Version, expert: Admitted, candidate: Candidate) -> Contest:
     """What a candidate and its champion are held to."""
     after = known_tasks(bench.house, bench.settings, candidate.memory, candidate.folder)
-    before = known_tasks(bench.house, bench.settings, parent.memory, parent.folder)
-    return Contest(bench, rules, parent, expert, {**after, **before}, after)
+    own = {name: task_of(after[name].suite, parent.folder) for name in parent.memory.tasks}
+    return Contest(bench, rules, parent, expert, {**after, **own}, after)
 
 
 def climb(at: Contest, candidate: Candidate) -> Judged:

@@ -1,5 +1,6 @@
 """How an expert is folded: what the line is configured to do, and what a search found to do instead."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,15 +30,16 @@ def recipe_of(settings: LineConfig, memory: Memory) -> Recipe:
     A factor is of the configured strength: when a person configures another, what was found for the old one is void.
     """
     plain = Recipe(settings.method, dict(settings.parameters))
-    if memory.factor == 1 or _was_configured(memory) not in (None, strength(plain)):
-        return plain
-    return plain.stronger(memory.factor)
+    return plain.stronger(memory.factor) if memory.factor != 1 and _still_holds(memory, plain) else plain
 
 
-def _was_configured(memory: Memory) -> float | None:
-    """The configured strength that a version's factor is of; None where its method has none."""
+def _still_holds(memory: Memory, plain: Recipe) -> bool:
+    """Whether a version's factor is of the strength that is configured now; a method without one only remembers it."""
     key = strength_of(memory.method)
-    return round(memory.parameters[key] / memory.factor, 5) if key in memory.parameters else None
+    if key not in memory.parameters:
+        return True
+    # What a version remembers is rounded.
+    return math.isclose(memory.parameters[key] / memory.factor, strength(plain), rel_tol=1e-4)
 
 
 def strength_of(method: str) -> str:

@@ -84,14 +84,14 @@ def known_tasks(house: House, settings: LineConfig, memory: Memory, folder: Path
     if taken:
         what, remedy = "a guard has the name of a task that the line knows", "give the guard another name"
         raise FoldinError(Refusal("E_CONFIG", what, f"guard {taken[0]}", remedy=remedy))
-    tasks = {name: _task(_guard(settings, name), folder) for name in settings.guards}
+    tasks = {name: task_of(_guard(settings, name), folder) for name in settings.guards}
     for name in memory.tasks:
         owner = memory.owner(name)
         assert owner is not None
         suite = suite_of(settings, name, _copy_of(house, owner), f"suite of task {name}")
         if name not in settings.suites:
             _check_suite(suite, memory.suites[name])
-        tasks[name] = _task(suite, folder)
+        tasks[name] = task_of(suite, folder)
     return tasks
 
 
@@ -169,7 +169,8 @@ def _anchors(base: Path, suite: "Suite", device: str) -> "Tensor":
     return anchors(base, Checkpoint.open(base, "base"), suite, device)
 
 
-def _task(suite: "Suite", folder: Path) -> Task:
+def task_of(suite: "Suite", folder: Path) -> Task:
+    """A suite with the head that a version's folder keeps for its task."""
     from registry.weights import content_sha256
 
     head = head_of(folder, suite.task)

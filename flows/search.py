@@ -112,11 +112,12 @@ def _found(at: Contest, judged: Judged, possible: Sequence[Way], scratch: Path, 
     if path.exists():
         kept = read_json(path)
         return Found(tuple(Try(**each) for each in kept["tries"]), kept["chosen"], kept["told"])
-    tasks = {name: each for name, each in at.after.items() if _tunable(each)}
-    problem = _problem(at, tasks)
+    inputs = _inputs(at.after)
+    problem = _problem(inputs, at.expert.task)
     if problem:
         found = Found((), "", f"no search: {problem}")
     else:
+        tasks = {name: each for name, each in at.after.items() if inputs[name].tune}
         tried = list(_tried(at, judged.candidate, possible, tasks, scratch, refold))
         found = _best(tried, judged)
         for each in found.tries:
@@ -188,21 +189,27 @@ def _best(tried: Sequence[Tried], judged: Judged) -> Found:
     return Found(tries, "" if name == configured else name, f"{told} on the rows kept for tuning")
 
 
-def _tunable(task: Task) -> bool:
+class Inputs(NamedTuple):
+    """The digests of a suite's inputs by split."""
+
+    tune: frozenset[bytes]
+    gate: frozenset[bytes]
+
+
+def _inputs(tasks: Mapping[str, Task]) -> dict[str, Inputs]:
     from evaluation.suites import input_digests
 
-    return bool(input_digests(task.suite, "tune"))
+    return {
+        name: Inputs(*(input_digests(each.suite, split) for split in Inputs._fields)) for name, each in tasks.items()
+    }
 
 
-def _problem(at: Contest, tasks: Mapping[str, Task]) -> str:
+def _problem(inputs: Mapping[str, Inputs], new: str) -> str:
     """Why nothing can be searched, as a clause; "" when it can. What tunes may not be among what decides."""
-    from evaluation.suites import input_digests
-
-    if at.expert.task not in tasks:
-        return f"the suite of task {at.expert.task} has no rows of the split tune"
-    for name, tuned in tasks.items():
-        for other, deciding in at.after.items():
-            shared = input_digests(tuned.suite, "tune") & input_digests(deciding.suite, "gate")
-            if shared:
+    if not inputs[new].tune:
+        return f"the suite of task {new} has no rows of the split tune"
+    for name, mine in inputs.items():
+        for other, theirs in inputs.items():
+            if shared := mine.tune & theirs.gate:
                 return f"{len(shared)} tune rows of task {name} are among the gate rows of task {other}"
     return ""

@@ -41,6 +41,12 @@ def test_a_strength_that_a_person_configures_anew_is_taken_as_it_is():
     assert recipe_of(settings(strength=1.0, energy=0.2), found).parameters == {"strength": 1.6, "energy": 0.2}
 
 
+@pytest.mark.parametrize("configured", [1 / 3, 0.0123456789, 7.7777777])
+def test_the_rounding_of_what_is_remembered_does_not_look_like_another_strength(configured):
+    found = recipe_of(settings(strength=configured), FIRST).stronger(1.3)
+    assert recipe_of(settings(strength=configured), made(found)).factor == 1.3
+
+
 def test_a_fallback_to_a_method_without_a_strength_remembers_it():
     fallback = made(Recipe("average", {}, factor=1.3))
     assert recipe_of(settings(), fallback) == Recipe("opcm", {"strength": 1.3}, 1.0, 1.3)
