@@ -203,7 +203,7 @@ def conclude(work: Work, admitted: Admitted, judged: Judged) -> dict[str, Any]:
     at, lease, expert, key = work.house, work.lease, work.expert, work.key(admitted)
     run, candidate = work.run(admitted), judged.candidate
     merge = Merge(key, lease.line, expert.id, work.parent.number, judged.verdict, run)
-    published = bool(at.mlflow.published(lease.line, key))
+    published = at.mlflow.published(lease.line, key)
     verdict = at.ledger.record_verdict(lease, merge, published=published).verdict  # the first answer stands
     record = write_report(at, work.settings, work.parent, lease.line, replace(judged, verdict=verdict))
     if verdict.weights_sha256 == candidate.memory.weights_sha256:  # else an earlier run published another choice

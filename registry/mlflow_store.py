@@ -26,7 +26,6 @@ CHAMPION = "champion"
 CANDIDATE = "candidate"  # the version that waits for a person; users do not load it
 MERGE_KEY = "foldin.merge_key"
 PARENT = "mlflow.parentRunId"
-WEIGHTS = "foldin.weights_sha256"
 TAG_LIMIT = 400  # characters; documents go into artifacts, short facts into tags
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -186,12 +185,10 @@ class MlflowStore:
                 self._client.log_inputs(run_id, models=models)
             self._client.set_terminated(run_id, "FINISHED")
 
-    def published(self, line: str, merge_key: str) -> str:
-        """The weights' digest of what is finished under a merge key, registered or not yet; "" when nothing is."""
-        experiment = self._experiment(line)
+    def published(self, line: str, merge_key: str) -> bool:
+        """Whether something is finished under a merge key, registered or not yet."""
         with self._reached():
-            found = self._client.search_logged_models([experiment], filter_string=f"tags.`{MERGE_KEY}` = '{merge_key}'")
-        return next((model.tags[WEIGHTS] for model in found if str(model.status) == "READY"), "")
+            return any(str(model.status) == "READY" for model in self._logged_models(line, merge_key))
 
     def show_child(
         self,
@@ -236,6 +233,9 @@ class MlflowStore:
                 self._upload(model, folder)
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
                 self._client.finalize_logged_model(model.model_id, "READY")
+            labels = {
+                key: model.tags.get(key, value) for key, value in labels.items()
+            }  # an earlier run's, if it got here
             now = int(time.time() * 1000)
             measured = [Metric(key, value, now, 0, model_id=model.model_id) for key, value in metrics.items()]
             self._client.log_batch(run_id, metrics=measured)
@@ -360,16 +360,20 @@ class MlflowStore:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
+    def _logged_models(self, line: str, merge_key: str) -> list[LoggedModel]:
+        """Whatever was begun under a merge key."""
+        query = f"tags.`{MERGE_KEY}` = '{merge_key}'"
+        return list(self._client.search_logged_models([self._experiment(line)], filter_string=query))
+
     def _logged_model(self, line: str, merge_key: str, run_id: str, tags: dict[str, str]) -> LoggedModel:
-        experiment = self._experiment(line)
-        found = self._client.search_logged_models([experiment], filter_string=f"tags.`{MERGE_KEY}` = '{merge_key}'")
+        found = self._logged_models(line, merge_key)
         ready = [model for model in found if str(model.status) == "READY"]
         if ready:
             return ready[0]
         for left in found:  # by a run that died, perhaps on another machine and with other bytes
             self._client.delete_logged_model(left.model_id)
         return self._client.create_logged_model(
-            experiment, name=line, source_run_id=run_id, tags=tags, model_type="merged"
+            self._experiment(line), name=line, source_run_id=run_id, tags=tags, model_type="merged"
         )
 
     def _upload(self, model: LoggedModel, folder: Path) -> None:
