@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from evaluation.escape import clean
+from evaluation.metrics import at_least
 from evaluation.paired import Change, Pair, by_chance, change, gained, rise
 from evaluation.rules import Rules
 from registry.verdicts import Check
@@ -66,7 +67,7 @@ def _negative_flips(task: str, both: Pair, found: Change, rules: Rules, tests: i
     limit, level, count = rules.max_negative_flips, rules.significance / tests, both[0].examples
     rate = found.losses / count
     over = rate > limit + ROUNDING
-    p = _at_least(found.losses, count, limit) if over else 1.0
+    p = at_least(found.losses, count, limit) if over else 1.0
     counts = f"{found.losses} of {count} answers turned wrong ({rate:.1%}) and {found.wins} right"
     text = f"{named(task)}: {counts}; at most {limit:.1%} wrong allowed" + (f" ({_p(p, level)})" if over else "")
     passed = not over or _chance(p, limit**count, level)
@@ -138,13 +139,6 @@ def _wilson(count: int, of: int) -> tuple[float, float]:
     z, share = 1.959964, count / of
     middle, edge = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
     return (middle - edge) / (1 + z * z / of), (middle + edge) / (1 + z * z / of)
-
-
-def _at_least(count: int, of: int, share: float) -> float:
-    """P(X >= count) for X ~ Binomial(of, share)."""
-    from scipy.stats import binom  # takes a second to import, and only a busy task asks for it
-
-    return float(binom.sf(count - 1, of, share))
 
 
 def _shown(found: Change, both: Pair) -> tuple[float, tuple[float, float]]:

@@ -1,6 +1,6 @@
 """What a history of accuracies says: how good the running model is, what it forgot, which answers it flipped.
 
-Pure Python. A matrix holds one row per fold: row t maps each task to its accuracy after t + 1 experts. `arrivals` maps
+A matrix holds one row per fold: row t maps each task to its accuracy after t + 1 experts. `arrivals` maps
 each task to the row in which it was folded (0 for the first expert). Accuracies are shares in [0, 1].
 """
 
@@ -57,19 +57,6 @@ def negative_flip_rate(before: TaskScore, after: TaskScore) -> float:
     return flips(before, after)[0] / before.examples
 
 
-def positive_flip_rate(before: TaskScore, after: TaskScore) -> float:
-    """PFR in [0, 1]: the share of examples that `before` got wrong and `after` gets right. Raises like NFR."""
-    return flips(before, after)[1] / before.examples
-
-
-def mcnemar(before: TaskScore, after: TaskScore) -> float:
-    """The one-sided exact McNemar p value in (0, 1] for "`after` is worse than `before`"; see `sign_test`.
-
-    Raises FoldinError when the two were not measured on the same examples.
-    """
-    return sign_test(*flips(before, after))
-
-
 def sign_test(losses: int, wins: int) -> float:
     """P(X ≥ losses) for X ~ Binomial(losses + wins, ½): how likely so many losses are when both sides are equally good.
 
@@ -78,13 +65,14 @@ def sign_test(losses: int, wins: int) -> float:
     >>> sign_test(5, 0)
     0.03125
     """
-    count = losses + wins
-    term = math.comb(count, losses)
-    tail = 0
-    for k in range(losses, count + 1):
-        tail += term
-        term = term * (count - k) // (k + 1)
-    return tail / (1 << count)
+    return at_least(losses, losses + wins, 0.5)
+
+
+def at_least(count: int, of: int, share: float) -> float:
+    """P(X ≥ count) for X ~ Binomial(of, share)."""
+    from scipy.special import bdtrc  # lazily: half a second, and most commands judge nothing
+
+    return float(bdtrc(count - 1, of, share))
 
 
 def flips(before: TaskScore, after: TaskScore) -> tuple[int, int]:

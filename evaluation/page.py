@@ -1,11 +1,10 @@
 """report.html: the verdict, the reasons and the pictures on one page that runs nothing and links nowhere."""
 
 from base64 import b64encode
-from collections.abc import Sequence
 from hashlib import sha256
 
 from evaluation import sections
-from evaluation.comparison import Change, changes
+from evaluation.comparison import changes
 from evaluation.headline import headline, rules
 from evaluation.markup import cell, section
 from evaluation.report import Record
@@ -18,10 +17,13 @@ POLICY = (
 )
 
 
-def as_html(record: Record, title: str) -> str:
-    """The record as one HTML page; equal records give equal bytes."""
+def as_html(record: Record, title: str, drawn: sections.Drawn | None = None) -> str:
+    """The record as one HTML page; equal records give equal bytes.
+
+    `drawn` is what `pictures` gives of the record, for a caller who needs several pages with the same pictures.
+    """
     compared = changes(record)
-    drawn = _drawn(record, compared)
+    drawn = pictures(record) if drawn is None else drawn
     parts = (
         headline(record, title, compared),
         section("The gate's rules", rules(record)),
@@ -40,11 +42,11 @@ def as_html(record: Record, title: str) -> str:
     return f"{head}<body><main>{''.join(parts)}</main></body></html>\n"
 
 
-def _drawn(record: Record, compared: Sequence[Change]) -> sections.Drawn:
+def pictures(record: Record) -> sections.Drawn:
     """Chart -> SVG; matplotlib is imported only for a record that has something to draw."""
     if not (record.champion or record.matrix or record.perplexities or record.tries or record.overlap):
         return {}
     from evaluation.charts import charts
     from evaluation.drawing import inline_svg
 
-    return {name: inline_svg(chart) for name, chart in charts(record, compared).items()}
+    return {name: inline_svg(chart) for name, chart in charts(record, changes(record)).items()}

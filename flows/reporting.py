@@ -25,7 +25,7 @@ def write_report(house: House, settings: LineConfig, parent: Version, line: str,
     candidate's folder, tells that too.
     """
     from evaluation.answers import answers_bytes
-    from evaluation.page import as_html
+    from evaluation.page import as_html, pictures
     from evaluation.pictures import write_plots
     from evaluation.report import as_json
 
@@ -33,8 +33,9 @@ def write_report(house: House, settings: LineConfig, parent: Version, line: str,
     title, timeless = f"{line}: {judged.candidate.memory.experts[-1].task}", record._replace(seconds={})
     write_json(folder / REPORT_FILE, as_json(timeless))
     write_plots(timeless, folder / PLOTS)
-    write_atomic(folder / PAGE_FILE, as_html(timeless, title).encode())
-    write_atomic(folder.parent / Path(PAGE_FILE).name, as_html(record, title).encode())
+    drawn = pictures(record)
+    write_atomic(folder / PAGE_FILE, as_html(timeless, title, drawn).encode())
+    write_atomic(folder.parent / Path(PAGE_FILE).name, as_html(record, title, drawn).encode())
     for task, score in record.report.scores.items():
         if not score.error:
             write_atomic(folder / ANSWERS / f"{task}.parquet", answers_bytes(score))
