@@ -155,15 +155,22 @@ def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -
 
 
 @cli.command()
+@click.option("--rebuild", is_flag=True, help="First put lines that the ledger lost back from what MLflow keeps.")
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_obj
-def doctor(options: dict[str, Any], as_json: bool) -> None:
+def doctor(options: dict[str, Any], rebuild: bool, as_json: bool) -> None:
     """Look for anything that is not as it should be; exit 1 when there is something."""
     from dataclasses import asdict
 
     from flows.doctor import examine
 
-    found = examine(house_of(options))
+    house = house_of(options)
+    if rebuild:
+        from flows.rebuilding import rebuild as put_back
+
+        if not put_back(house):
+            say("The ledger knows every line; nothing was put back.")
+    found = examine(house)
     if as_json:
         click.echo(json.dumps([asdict(each) for each in found], indent=1))
     else:

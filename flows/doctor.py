@@ -3,9 +3,11 @@
 import importlib.metadata
 import re
 from collections.abc import Iterator
+from hashlib import sha256
 
+from flows.chains import check_versions_of
+from flows.champion import check_target
 from flows.starting import check_settings
-from flows.versions import open_version
 from flows.waiting import misplaced
 from flows.wiring import House, is_dead
 from registry.lineage import open_moves
@@ -48,12 +50,37 @@ def check_line(house: House, line: str) -> Iterator[Refusal]:
         return
     if facts.blocked:
         yield Refusal("E_BLOCKED", facts.blocked, f"line {line}", remedy="move the alias to a version that passed")
+    yield from _check_champion(house, line, seen)
+    yield from _check_candidate(house, line)
+    holder = house.ledger.leases.holder(line).holder
+    if holder and is_dead(holder):
+        what, remedy = (
+            "the process that worked on the line is dead",
+            "it takes over and goes on where the dead run stopped",
+        )
+        yield Refusal("E_LEASE", what, f"line {line}", found=holder, remedy=f"run `foldin watch {line}`; {remedy}")
+    elif not holder:
+        yield from _check_history(house, line)
+    yield from check_versions_of(house, line, registered)
+
+
+def _check_champion(house: House, line: str, seen: int | None) -> Iterator[Refusal]:
+    """The alias stands where the ledger says, and what it stands on may serve."""
     newest, _ = open_moves(house.ledger.events(line))
-    if newest and seen != newest.target:
-        what = "the alias champion stands elsewhere than the ledger says"
-        expected, found = f"version {newest.target}", f"version {seen}" if seen else "no alias"
-        remedy = f"run `foldin watch {line}`; it adopts a person's move and mends its own"
-        yield Refusal("E_ALIAS", what, f"line {line}", "", "", expected, found, remedy)
+    if newest is None or seen == newest.target:
+        return
+    what, found = "the alias champion stands elsewhere than the ledger says", f"version {seen}" if seen else "no alias"
+    remedy = f"run `foldin watch {line}`; it adopts a person's move and mends its own"
+    try:
+        if seen is not None:
+            check_target(house, line, seen)
+    except FoldinError as error:
+        what, found = "the alias champion stands on a version that may not be champion", str(error)
+        remedy = f"move it to version {newest.target}, or to another that `foldin log {line}` shows as passed"
+    yield Refusal("E_ALIAS", what, f"line {line}", "", "", f"version {newest.target}", found, remedy)
+
+
+def _check_candidate(house: House, line: str) -> Iterator[Refusal]:
     wrong = misplaced(house, line)
     if wrong:
         stands, belongs = (f"version {each}" if each else "nowhere" for each in wrong)
@@ -62,34 +89,11 @@ def check_line(house: House, line: str) -> Iterator[Refusal]:
             f"run `foldin watch {line}`; it mends it",
         )
         yield Refusal("E_ALIAS", what, f"line {line}", expected=belongs, found=stands, remedy=remedy)
-    holder = house.ledger.leases.holder(line).holder
-    if holder and is_dead(holder):
-        remedy = f"run `foldin watch {line}`; it takes over and goes on where the dead run stopped"
-        yield Refusal(
-            "E_LEASE", "the process that worked on the line is dead", f"line {line}", found=holder, remedy=remedy
-        )
-    yield from _check_versions_of(house, line, registered)
 
 
-def _check_versions_of(house: House, line: str, registered: set[int]) -> Iterator[Refusal]:
-    known = {merge.version for merge in house.ledger.merges(line) if merge.version is not None}
-    never_promoted = {
-        house.mlflow.registered(line, merge.merge_key) for merge in house.ledger.merges(line) if merge.version is None
-    }
-    for version in sorted(registered - known - never_promoted):
-        remedy = "leave it; foldin folds only into versions that it registered"
-        yield Refusal(
-            "E_VERSION", "MLflow has a version that the ledger does not know", f"{line} v{version}", remedy=remedy
-        )
-    for version in sorted(known - registered):
-        yield Refusal(
-            "E_VERSION",
-            "the ledger has a version that MLflow lost",
-            f"{line} v{version}",
-            remedy="restore MLflow's database, or roll back to a version that is there",
-        )
-    for version in sorted(known & registered):
-        try:
-            open_version(house, line, version)
-        except FoldinError as error:
-            yield error.refusal
+def _check_history(house: House, line: str) -> Iterator[Refusal]:
+    """MLflow keeps what the ledger says, so that the ledger may be lost."""
+    kept, is_ = house.mlflow.runs.history_sha256(line), sha256(house.ledger.export(line)).hexdigest()
+    if kept != is_:
+        what, remedy = "MLflow keeps another history of the line", f"run `foldin watch {line}`; it writes it anew"
+        yield Refusal("E_HISTORY", what, f"line {line}", "", "", is_[:12], kept[:12] or "none", remedy)

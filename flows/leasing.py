@@ -1,10 +1,11 @@
-"""Holding a line while it is changed: claim, keep alive, give back."""
+"""Holding a line while it is changed: claim, keep alive, remember what became of it, give back."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from flows.telling import say
 from flows.wiring import House, holder, is_dead
 from registry.records import FoldinError, Lease, Refusal
 
@@ -32,6 +33,7 @@ def held(
     keeper.start()
     try:
         yield lease
+        _remember(house, lease)
     except (FoldinError, OSError, RuntimeError, ValueError):
         # Who took over also removed the scratch folder: what fails after that fails for this reason alone.
         with house.ledger.leases.fenced(lease):
@@ -40,6 +42,19 @@ def held(
         stop.set()
         keeper.join()
         house.ledger.leases.release(lease)
+
+
+def _remember(house: House, lease: Lease) -> None:
+    """Let MLflow keep the line's history; when it cannot now, the next holder does.
+
+    A holder that was overtaken may write an older history over a newer one, which the next holder mends.
+    """
+    try:
+        house.mlflow.runs.keep_history(lease.line, house.ledger.export(lease.line))
+    except FoldinError as error:
+        if error.refusal.code != "E_MLFLOW":
+            raise
+        say(f"line {lease.line}: its history was not written to MLflow, the next watch will: {error}")
 
 
 def _wait(house: House, line: str, seconds: float, told: Callable[[str], None]) -> Lease:

@@ -38,7 +38,7 @@ def show(
     settings = house.config.line(line)
     # Parameters cannot be written twice, and a search that is made again may choose otherwise: what it chose is a tag.
     facts = {"line": line, "expert": expert.name, "task": expert.task, "method": settings.method}
-    house.mlflow.show(
+    house.mlflow.runs.show(
         run_id,
         params={**facts, **settings.parameters},
         metrics=metrics_of(record),
@@ -59,7 +59,7 @@ def show(
 
 def show_try(house: House, run_id: str, tried: Try) -> None:
     """One try of a search as a child of the merge's MLflow run."""
-    house.mlflow.show_child(
+    house.mlflow.runs.show_child(
         run_id,
         tried.name,
         params={"method": tried.method, "weight": tried.weight, **tried.parameters},

@@ -48,8 +48,8 @@ def start(house: House, line: str, settings: LineConfig) -> int:
         scratch = house.work(line) / key
         folder = _build(scratch / "candidate", copy, settings, digest)
         write_version_manifest(folder, line, key, None, verdict, {})
-        run = house.mlflow.run_for(line, key, f"{line}: base", {"foldin.verdict": "passed"})
-        house.mlflow.show(run, params={"line": line, "base": digest}, metrics={}, tags={}, artifacts=[])
+        run = house.mlflow.runs.run_for(line, key, f"{line}: base", {"foldin.verdict": "passed"})
+        house.mlflow.runs.show(run, params={"line": line, "base": digest}, metrics={}, tags={}, artifacts=[])
         version, manifest = register(house, line, key, run, folder, {}, "")
         follow(house, lease, house.ledger.commit(lease, key, version, manifest))
         shutil.rmtree(scratch, ignore_errors=True)

@@ -38,7 +38,7 @@ class Work(NamedTuple):
     def run(self, admitted: Admitted) -> str:
         """The MLflow run that shows the merge."""
         line, tags = self.lease.line, {"foldin.expert": self.expert.name}
-        return self.house.mlflow.run_for(line, self.key(admitted), f"{line}: {self.expert.name}", tags)
+        return self.house.mlflow.runs.run_for(line, self.key(admitted), f"{line}: {self.expert.name}", tags)
 
 
 def work_on(at: House, settings: LineConfig, lease: Lease, expert: Expert, found: ExpertVersion) -> Work:

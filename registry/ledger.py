@@ -5,11 +5,12 @@ gives progress, the fence gives safety. Times come from the database.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import delete, func, insert, select, update
 
-from registry import database, rows
+from registry import database, history, rows
 from registry.leases import Leases
 from registry.records import (
     Decision,
@@ -254,6 +255,16 @@ class Ledger:
         with database.transaction(self._engine) as tx:
             query = select(events).where(events.c.line == line).order_by(events.c.id)
             return [event_from(row) for row in tx.execute(query)]
+
+    # the whole of a line
+
+    def export(self, line: str) -> bytes:
+        """Everything that is known of a line, for another ledger to `restore`."""
+        return history.export(self._engine, line)
+
+    def restore(self, document: Mapping[str, Any]) -> None:
+        """Put a line back that this ledger does not know, from `history.read`; all of it or nothing."""
+        history.restore(self._engine, document)
 
     def _on_expert(self, lease: Lease, expert: Expert, values: dict[str, Any]) -> None:
         with self.leases.fenced(lease) as tx:

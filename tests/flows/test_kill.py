@@ -68,8 +68,8 @@ for line in sys.stdin:
 """
 IMPORTS = (
     "flows.cli flows.watch flows.merge flows.search flows.starting flows.publishing flows.scoring "
-    "registry.ledger registry.store "
-    "registry.mlflow_store registry.weights evaluation.models evaluation.score evaluation.gate evaluation.page "
+    "registry.ledger registry.store registry.mlflow_store registry.mlflow_runs "
+    "registry.weights evaluation.models evaluation.score evaluation.gate evaluation.page "
     "evaluation.pictures evaluation.report merging.fold merging.measure "
     "mlflow.store.tracking.sqlalchemy_store mlflow.store.model_registry.sqlalchemy_store "
     "torch transformers.models.bert.modeling_bert transformers.models.bert.tokenization_bert"
@@ -283,12 +283,12 @@ def test_killed_around_its_registration_a_version_is_registered_once(stocked, fo
         forge,
         stocked,
         ("registry.mlflow_store", "MlflowStore.point_champion", "after", 1),  # the base
-        ("registry.mlflow_store", "MlflowStore._upload", "before", 1),  # the first expert
+        ("registry.mlflow_files", "Files.upload", "before", 1),  # the first expert
         ("mlflow", "MlflowClient.create_model_version", "before", 1),
         ("mlflow", "MlflowClient.create_model_version", "after", 2),  # the second
         ("registry.ledger", "Ledger.commit", "before", 1),
         ("flows.scoring", "write_atomic", "after", 2),  # the third
-        ("registry.mlflow_store", "MlflowStore.run_for", "after", 1),
+        ("registry.mlflow_runs", "Runs.run_for", "after", 1),
     )
     assert forge.life(stocked)[1] == 0, forge.said()
     assert look_at(stocked) == undisturbed(stocked)

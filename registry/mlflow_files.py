@@ -1,0 +1,82 @@
+"""The files behind registered versions: where they lie, brought here when they are elsewhere, uploaded whole."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import unquote, urlparse
+
+from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from registry.files import MANIFEST, shown, verify_manifest
+from registry.mlflow_link import Link, unreachable
+from registry.records import FoldinError, Refusal
+
+
+class Files:
+    """Artifacts as local folders."""
+
+    def __init__(self, link: Link, cache: Path) -> None:
+        """Downloads go to `cache`."""
+        self._link, self._cache = link, cache
+
+    def expert(self, model: str, version: int) -> Path:
+        """The local folder of an expert's artifacts; downloaded afresh when they are not on this machine.
+
+        Raises:
+            FoldinError: E_SOURCE when there is nothing at the source.
+        """
+        return self._behind(model, version, self._cache / "experts" / model / str(version))
+
+    def version(self, line: str, version: int) -> Path:
+        """The local folder with one version's artifacts, downloaded once. Raises as `expert`."""
+        known = self._cache / "versions" / line / str(version)
+        return known if known.is_dir() else self._behind(line, version, known)
+
+    def upload(self, model: LoggedModel, folder: Path) -> None:
+        """Every file, the manifest last: a version without one was never finished. Then all of it is read back."""
+        files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        for path in sorted(files, key=lambda path: path.as_posix() == MANIFEST):
+            parent = path.parent.as_posix()
+            within = None if parent == "." else parent
+            self._link.client.log_model_artifact(model.model_id, str(folder / path), within)
+        stored = self._local(model.artifact_location, model.model_id, self._cache / "read-back" / model.model_id)
+        wrong = verify_manifest(stored)
+        if stored.is_relative_to(self._cache):
+            shutil.rmtree(stored)
+        if wrong:
+            raise FoldinError(replace(wrong[0], code="E_MLFLOW", what="what was uploaded did not arrive whole"))
+
+    def _behind(self, model: str, version: int, target: Path) -> Path:
+        """The local folder of a version's artifacts: E_SOURCE when they are gone, E_MLFLOW when nobody can be asked."""
+        with self._link.reached():
+            try:
+                uri = self._link.client.get_model_version_download_uri(model, str(version))
+                get_artifact_repository(uri)  # raises for a scheme that nobody serves
+                return self._local(uri, f"{model} v{version}", target)
+            except MlflowException as error:
+                if unreachable(error):
+                    raise
+                raise FoldinError(_nothing_there(f"{model} v{version}", shown(str(error)))) from error
+
+    def _local(self, uri: str, where: str, target: Path) -> Path:
+        """The folder behind an artifact URI: itself when it is on this machine, else a whole download at `target`."""
+        parsed = urlparse(uri)
+        if parsed.scheme in {"", "file"}:
+            folder = Path(unquote(parsed.path))
+            if not folder.is_dir():
+                raise FoldinError(_nothing_there(where, uri))
+            return folder
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as scratch:
+            get_artifact_repository(uri).download_artifacts("", scratch)
+            shutil.rmtree(target, ignore_errors=True)
+            Path(scratch).rename(target)
+        return target
+
+
+def _nothing_there(where: str, found: str) -> Refusal:
+    what, remedy = "there are no artifacts at the version's source", "upload them and register a new version"
+    return Refusal("E_SOURCE", what, where, found=found, remedy=remedy)
