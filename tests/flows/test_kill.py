@@ -177,7 +177,7 @@ def look_at(folder):
     at = house(str(folder / "foldin.toml"))
     number = at.ledger.line("tiny").champion
     champion = open_version(at, "tiny", number)
-    client, experiment = at.mlflow._client, at.mlflow._experiment("tiny")
+    client, experiment = at.mlflow._client, at.mlflow._link.experiment("tiny")
     facts = {
         "champion": number,
         "alias": at.mlflow.champion("tiny"),
