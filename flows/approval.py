@@ -12,7 +12,7 @@ from flows.champion import follow, reconcile
 from flows.config import LineConfig
 from flows.leasing import held
 from flows.notifying import notify, spared
-from flows.publishing import metrics_of, register, write_version_manifest
+from flows.recording import registered
 from flows.telling import say
 from flows.versions import find_merge, verified
 from flows.waiting import WAITS, expert_of, facts_of, mend, settled_before, state_of, undecided, waiting
@@ -33,17 +33,15 @@ class Answer(RunInput):
     who: str = Field(description="Your name.", min_length=1, max_length=100, pattern=r"\S")
 
 
-def hold(work: "Work", key: str, run: str, candidate: "Candidate", record: "Record") -> dict[str, Any]:
+def hold(work: "Work", merge: Merge, candidate: "Candidate", record: "Record") -> dict[str, Any]:
     """Register a version that a person decides, note it in the ledger, show it: in this order, each step repeatable."""
-    at, line, expert, verdict = work.house, work.lease.line, work.expert, record.verdict
-    assert verdict is not None
-    write_version_manifest(candidate.folder, line, key, work.parent, verdict, candidate.files)
-    version, manifest = register(at, line, key, run, candidate.folder, metrics_of(record), expert.name)
-    merge = Merge(key, line, expert.id, work.parent.number, verdict, run, version)
-    at.ledger.hold(work.lease, merge, manifest)
+    at, line, expert = work.house, work.lease.line, work.expert
+    held = registered(work, merge, candidate, record)
+    at.ledger.hold(work.lease, held)
     present(at, line)
-    say(f"{expert.name}: folded into {line} v{version}, which waits for a person: {verdict.reason or 'it passed'}")
-    return {"expert": expert.name, "state": WAITS, "reason": verdict.reason, "version": version}
+    reason = held.verdict.reason
+    say(f"{expert.name}: folded into {line} v{held.version}, which waits for a person: {reason or 'it passed'}")
+    return {"expert": expert.name, "state": WAITS, "reason": reason, "version": held.version}
 
 
 def present(at: House, line: str) -> None:

@@ -22,9 +22,9 @@ from flows.folding import Candidate, fold
 from flows.judging import POLICY, Judged, climb, contest
 from flows.leasing import held
 from flows.notifying import notify
-from flows.publishing import metrics_of, register, show, show_try, write_version_manifest
+from flows.publishing import show_try
 from flows.recipe import Recipe, recipe_of
-from flows.reporting import write_report
+from flows.recording import recorded, registered
 from flows.scoring import Bench
 from flows.search import search, wanted
 from flows.starting import check_settings
@@ -200,32 +200,22 @@ def took(seconds: Mapping[str, float]) -> str:
 @task(name="register", **POLICY)
 def conclude(work: Work, admitted: Admitted, judged: Judged) -> dict[str, Any]:
     """Record the verdict; register and promote what passed, show and drop what did not."""
-    at, lease, expert, key = work.house, work.lease, work.expert, work.key(admitted)
-    run, candidate = work.run(admitted), judged.candidate
-    merge = Merge(key, lease.line, expert.id, work.parent.number, judged.verdict, run)
-    published = at.mlflow.published(lease.line, key)
-    verdict = at.ledger.record_verdict(lease, merge, published=published).verdict  # the first answer stands
-    record = write_report(at, work.settings, work.parent, lease.line, replace(judged, verdict=verdict))
-    if verdict.weights_sha256 == candidate.memory.weights_sha256:  # else an earlier run published another choice
-        inputs = [at.mlflow.model_id(lease.line, work.parent.number), work.found.model_id]
-        show(at, lease.line, run, expert, candidate, record, inputs)
-        showing.judged(lease.line, expert, record, candidate.folder)
-    if verdict.passed:
-        outcome = promote(work, key, run, candidate, record)
-    elif verdict.outcome is Outcome.WAITING:
-        outcome = hold(work, key, run, candidate, record)
+    at, lease, expert, candidate = work.house, work.lease, work.expert, judged.candidate
+    merge, record = recorded(work, admitted, judged)
+    if merge.verdict.passed:
+        outcome = promote(work, merge, candidate, record)
+    elif merge.verdict.outcome is Outcome.WAITING:
+        outcome = hold(work, merge, candidate, record)
     else:
-        outcome = settle(at, lease, expert, ExpertState.REJECTED, "E_GATE", verdict.reason)
+        outcome = settle(at, lease, expert, ExpertState.REJECTED, "E_GATE", merge.verdict.reason)
     shutil.rmtree(candidate.folder.parent, ignore_errors=True)
     return outcome
 
 
-def promote(work: Work, key: str, run: str, candidate: Candidate, record: "Record") -> dict[str, Any]:
+def promote(work: Work, merge: Merge, candidate: Candidate, record: "Record") -> dict[str, Any]:
     """Register a version that passed, commit it to the ledger, move the alias: in this order, each step repeatable."""
     at, line, expert = work.house, work.lease.line, work.expert
-    assert record.verdict is not None
-    write_version_manifest(candidate.folder, line, key, work.parent, record.verdict, candidate.files)
-    version, manifest = register(at, line, key, run, candidate.folder, metrics_of(record), expert.name)
-    follow(at, work.lease, at.ledger.commit(work.lease, key, version, manifest))
-    say(f"{expert.name}: folded; {line} v{version} is champion")
-    return {"expert": expert.name, "state": str(ExpertState.FOLDED), "reason": "", "version": version}
+    done = registered(work, merge, candidate, record)
+    follow(at, work.lease, at.ledger.commit(work.lease, done))
+    say(f"{expert.name}: folded; {line} v{done.version} is champion")
+    return {"expert": expert.name, "state": str(ExpertState.FOLDED), "reason": "", "version": done.version}

@@ -44,14 +44,16 @@ def start(house: House, line: str, settings: LineConfig) -> int:
         if known is not None:
             return known
         verdict = Verdict(Outcome.PASSED)
-        house.ledger.record_verdict(lease, Merge(key, line, None, None, verdict))
+        merge = Merge(key, line, None, None, verdict)
+        house.ledger.record_verdict(lease, merge)
         scratch = house.work(line) / key
         folder = _build(scratch / "candidate", copy, settings, digest)
         write_version_manifest(folder, line, key, None, verdict, {})
         run = house.mlflow.runs.run_for(line, key, f"{line}: base", {"foldin.verdict": "passed"})
         house.mlflow.runs.show(run, params={"line": line, "base": digest}, metrics={}, tags={}, artifacts=[])
         version, manifest = register(house, line, key, run, folder, {}, "")
-        follow(house, lease, house.ledger.commit(lease, key, version, manifest))
+        done = replace(merge, version=version, manifest_sha256=manifest)
+        follow(house, lease, house.ledger.commit(lease, done))
         shutil.rmtree(scratch, ignore_errors=True)
     return version
 

@@ -41,11 +41,13 @@ class Work(NamedTuple):
         return self.house.mlflow.runs.run_for(line, self.key(admitted), f"{line}: {self.expert.name}", tags)
 
 
-def work_on(at: House, settings: LineConfig, lease: Lease, expert: Expert, found: ExpertVersion) -> Work:
-    """Everything a merge reads, verified: the champion it folds into and the base."""
-    champion = at.ledger.line(lease.line).champion
-    assert champion is not None, "reconcile lets nothing be folded before the base is champion"
-    parent = open_version(at, lease.line, champion)
-    first = chain(at, lease.line, champion)[-1]
-    base = parent if first == champion else open_version(at, lease.line, first)
+def work_on(
+    at: House, settings: LineConfig, lease: Lease, expert: Expert, found: ExpertVersion, into: int | None = None
+) -> Work:
+    """Everything a merge reads, verified: the version it folds into, the champion when None, and the base."""
+    number = into or at.ledger.line(lease.line).champion
+    assert number is not None, "reconcile lets nothing be folded before the base is champion"
+    parent = open_version(at, lease.line, number)
+    first = chain(at, lease.line, number)[-1]
+    base = parent if first == number else open_version(at, lease.line, first)
     return Work(at, settings, lease, expert, found, base, parent, own_suites(settings))

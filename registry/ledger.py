@@ -55,16 +55,9 @@ class Ledger:
                 tx.execute(insert(leases).values(line=name, holder="", fence=0, expires=0.0))
         line = self.line(name)
         if line.base_sha256 != base_sha256:
-            raise FoldinError(
-                Refusal(
-                    code="E_BASE",
-                    what="the line was started from another base",
-                    where=f"line {name}",
-                    expected=f"weights {line.base_sha256[:12]}",
-                    found=f"weights {base_sha256[:12]}",
-                    remedy="restore the base the line was started from, or start a new line for the new base",
-                )
-            )
+            what, remedy = "the line was started from another base", "restore it, or start a new line for this one"
+            ours, theirs = (f"weights {digest[:12]}" for digest in (line.base_sha256, base_sha256))
+            raise FoldinError(Refusal("E_BASE", what, f"line {name}", "", "", ours, theirs, remedy))
         return line
 
     def line(self, name: str) -> Line:
@@ -77,15 +70,9 @@ class Ledger:
             row = tx.execute(select(lines).where(lines.c.name == name)).first()
             known = [other for (other,) in tx.execute(select(lines.c.name).order_by(lines.c.name))]
         if row is None:
-            raise FoldinError(
-                Refusal(
-                    code="E_LINE",
-                    what="no line of this name has been started",
-                    where=f"line {name}",
-                    expected=f"one of {', '.join(known)}" if known else "",
-                    remedy=f"start it with `foldin init {name}`",
-                )
-            )
+            what, remedy = "no line of this name has been started", f"start it with `foldin init {name}`"
+            expected = f"one of {', '.join(known)}" if known else ""
+            raise FoldinError(Refusal("E_LINE", what, f"line {name}", expected=expected, remedy=remedy))
         return line_from(row)
 
     def lines(self) -> list[Line]:
@@ -167,6 +154,11 @@ class Ledger:
         """End an expert without a fold: rejected, quarantined or withdrawn, always with a reason."""
         self._on_expert(lease, expert, {"state": state, "code": code, "reason": reason, "settled": now()})
 
+    def requeue(self, lease: Lease, expert: Expert, because: str, who: str) -> Expert:
+        """Put an expert that has ended at the end of the queue again, in a generation of its own."""
+        with self.leases.fenced(lease) as tx:
+            return rows.requeue(tx, lease, expert, because, who)
+
     # merges
 
     def merge(self, merge_key: str) -> Merge | None:
@@ -212,24 +204,33 @@ class Ledger:
         assert recorded is not None
         return recorded
 
-    def commit(self, lease: Lease, merge_key: str, version: int, manifest_sha256: str) -> Event:
+    def commit(self, lease: Lease, done: Merge) -> Event:
         """Make a registered version the champion: its expert is folded, the alias still has to follow.
 
         Returns:
             The move, not done yet; `confirm` it once the alias was seen on the target.
         """
         with self.leases.fenced(lease) as tx:
-            key = merges.c.merge_key == merge_key
-            tx.execute(update(merges).where(key).values(version=version, manifest_sha256=manifest_sha256))
-            merge = tx.execute(select(merges).where(key)).one()
-            check_parent(tx, lease.line, merge.parent)
-            kind = "init" if merge.parent is None else "fold"
-            return move_champion(tx, lease, kind, version, because="", who="foldin")
+            assert done.version is not None
+            rows.keep(tx, done)
+            check_parent(tx, lease.line, done.parent)
+            kind = "init" if done.parent is None else "fold"
+            return move_champion(tx, lease, kind, done.version, because="", who="foldin")
 
-    def hold(self, lease: Lease, held: Merge, manifest_sha256: str) -> None:
+    def keep(self, lease: Lease, merge: Merge) -> None:
+        """Note a registered version that grows beside the champion, which stays where it is."""
+        with self.leases.fenced(lease) as tx:
+            rows.keep(tx, merge)
+
+    def remark(self, lease: Lease, kind: str, because: str, who: str) -> None:
+        """Append an event that moves nothing."""
+        with self.leases.fenced(lease) as tx:
+            note(tx, lease, kind, because=because, who=who, done=True)
+
+    def hold(self, lease: Lease, held: Merge) -> None:
         """Let a registered version wait for a person; its expert stays pending, the champion where it is."""
         with self.leases.fenced(lease) as tx:
-            rows.hold(tx, lease, held, manifest_sha256)
+            rows.hold(tx, lease, held)
 
     def decide(self, lease: Lease, waiting: Merge, decision: Decision, because: str, who: str) -> Event:
         """A person's answer to a version that waits; approved, it is a move of the champion, to be confirmed.

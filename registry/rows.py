@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, select, update
 
 from registry.lineage import ancestry
 from registry.records import Decision, Event, Expert, ExpertState, FoldinError, Lease, Line, Merge, Refusal
@@ -79,12 +79,33 @@ def move_champion(tx: Connection, lease: Lease, kind: str, target: int, because:
     return note(tx, lease, kind, because=because, who=who, origin=origin, target=target, done=False)
 
 
-def hold(tx: Connection, lease: Lease, held: Merge, manifest_sha256: str) -> None:
+def keep(tx: Connection, merge: Merge) -> None:
+    """Note the version that a merge was registered as, whose expert it holds, and a person's yes carried over."""
+    facts = {"version": merge.version, "manifest_sha256": merge.manifest_sha256, "expert_id": merge.expert_id}
+    decided = {"outcome": merge.decided} if merge.decided else {}
+    tx.execute(update(merges).where(merges.c.merge_key == merge.merge_key).values(**facts, **decided))
+
+
+def requeue(tx: Connection, lease: Lease, expert: Expert, because: str, who: str) -> Expert:
+    """One more row for an expert, pending, after all others."""
+    mine = experts.c.line == lease.line
+    tx.execute(select(lines.c.name).where(lines.c.name == lease.line).with_for_update())  # one seq at a time
+    last = tx.execute(select(func.max(experts.c.seq)).where(mine)).scalar_one()
+    again = mine & (experts.c.model == expert.model) & (experts.c.version == expert.version)
+    generation = tx.execute(select(func.max(experts.c.generation)).where(again)).scalar_one() + 1
+    facts = {"line": lease.line, "model": expert.model, "version": expert.version, "task": expert.task}
+    order = {"seq": last + 1, "generation": generation, "state": ExpertState.PENDING, "enrolled": now()}
+    row = tx.execute(insert(experts).values(**facts, **order).returning(experts)).one()
+    note(tx, lease, "requeued", because=f"{expert.name}: {because}", who=who, done=True)
+    return expert_from(row)
+
+
+def hold(tx: Connection, lease: Lease, held: Merge) -> None:
     """Let a registered version wait for a person, inside a fenced transaction. What was declined before waits anew."""
     check_parent(tx, lease.line, held.parent)
-    facts = {"version": held.version, "manifest_sha256": manifest_sha256, "expert_id": held.expert_id}
+    keep(tx, held)
     key = merges.c.merge_key == held.merge_key
-    tx.execute(update(merges).where(key).values(outcome=held.verdict.outcome, created=now(), **facts))
+    tx.execute(update(merges).where(key).values(outcome=held.verdict.outcome, created=now()))
     tx.execute(update(experts).where(experts.c.id == held.expert_id).values(attempts=0))
     because = held.verdict.reason or "it passed its gate, and the line asks a person all the same"
     note(tx, lease, "waiting", because=f"v{held.version}: {because}", done=True)

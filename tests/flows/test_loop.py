@@ -224,7 +224,9 @@ def test_the_gate_rejects_and_the_next_expert_is_folded_all_the_same(at, zoo, tm
     assert outcome["state"] == "rejected"
     assert "task-1" in outcome["reason"]
     assert seen(strict) == 1
-    runs = strict.mlflow._client.search_runs([strict.mlflow._link.experiment("tiny")], "tags.`foldin.verdict` = 'rejected'")
+    runs = strict.mlflow._client.search_runs(
+        [strict.mlflow._link.experiment("tiny")], "tags.`foldin.verdict` = 'rejected'"
+    )
     assert len(runs) == 1
     assert "task-1" in runs[0].data.tags["foldin.reason"]
     toml.write_text(toml.read_text().replace("min_expert_gain = 0.9", "min_expert_gain = -1.0"))

@@ -4,6 +4,7 @@ import sqlite3
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import text
@@ -48,9 +49,14 @@ def enrol(ledger, version, model="experts"):
     return ledger.enrol("demo", ExpertVersion(model, version), "city")
 
 
+def registered(merge, version):
+    return replace(merge, version=version, manifest_sha256="m" * 64)
+
+
 def promote(ledger, lease, key, expert, parent, version):
-    ledger.record_verdict(lease, Merge(key, "demo", expert.id if expert else None, parent, PASSED))
-    move = ledger.commit(lease, key, version, "m" * 64)
+    merge = Merge(key, "demo", expert.id if expert else None, parent, PASSED)
+    ledger.record_verdict(lease, merge)
+    move = ledger.commit(lease, registered(merge, version))
     ledger.confirm(lease, move)
     return move
 
@@ -146,14 +152,16 @@ def test_a_fold_is_committed_only_onto_the_version_it_folded_into(ledger):
     lease = fold_three(ledger)
     enrol(ledger, 4)
     expert = ledger.experts("demo", ExpertState.PENDING)[0]
-    ledger.record_verdict(lease, Merge("k5", "demo", expert.id, 2, PASSED))
+    late = Merge("k5", "demo", expert.id, 2, PASSED)
+    ledger.record_verdict(lease, late)
     with pytest.raises(FoldinError, match=r"E_FENCED .*the champion changed.*Expected version 2.*Found version 4"):
-        ledger.commit(lease, "k5", 5, "m" * 64)
+        ledger.commit(lease, registered(late, 5))
     assert ledger.line("demo").champion == 4
     assert ledger.merge("k5").version is None
-    ledger.record_verdict(lease, Merge("again", "demo", None, None, PASSED))
+    again = Merge("again", "demo", None, None, PASSED)
+    ledger.record_verdict(lease, again)
     with pytest.raises(FoldinError, match=r"E_FENCED .*Expected no champion yet"):
-        ledger.commit(lease, "again", 6, "m" * 64)
+        ledger.commit(lease, registered(again, 6))
 
 
 def test_an_overtaken_run_can_write_nothing(ledger):
@@ -167,7 +175,10 @@ def test_an_overtaken_run_can_write_nothing(ledger):
         lambda: ledger.note_digest(old, expert, "d"),
         lambda: ledger.settle(old, expert, ExpertState.REJECTED, "E", "r"),
         lambda: ledger.record_verdict(old, Merge("k9", "demo", expert.id, 4, PASSED)),
-        lambda: ledger.commit(old, "k4", 9, "m"),
+        lambda: ledger.commit(old, registered(Merge("k4", "demo", expert.id, 4, PASSED), 9)),
+        lambda: ledger.keep(old, registered(Merge("k4", "demo", expert.id, 4, PASSED), 9)),
+        lambda: ledger.requeue(old, expert, "", "x"),
+        lambda: ledger.remark(old, "replayed", "", "x"),
         lambda: ledger.move(old, "rollback", 1, "", "x"),
         lambda: ledger.block(old, "x"),
         lambda: ledger.confirm(old, ledger.events("demo")[-1]),
@@ -304,7 +315,7 @@ def let_wait(ledger):
         enrol(ledger, version)
     merge = Merge("k2", "demo", ledger.experts("demo")[0].id, 1, Verdict(Outcome.WAITING), version=2)
     ledger.record_verdict(lease, merge)
-    ledger.hold(lease, merge, "m" * 64)
+    ledger.hold(lease, replace(merge, manifest_sha256="m" * 64))
     return lease, ledger.merge("k2")
 
 
@@ -325,7 +336,7 @@ def test_approving_is_a_move_of_the_champion_and_declining_ends_the_expert(ledge
     assert (ledger.merge("k2").may_serve, ledger.merge("k2").undecided) == (True, False)
     second = Merge("k3", "demo", ledger.experts("demo")[1].id, 2, Verdict(Outcome.WAITING), version=3)
     ledger.record_verdict(lease, second)
-    ledger.hold(lease, second, "m" * 64)
+    ledger.hold(lease, replace(second, manifest_sha256="m" * 64))
     declined = ledger.decide(lease, second, Decision.DECLINED, "odd", "bob")
     assert (declined.kind, declined.target, declined.because) == ("declined", None, "v3: odd")
     expert = ledger.experts("demo")[1]

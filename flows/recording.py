@@ -1,0 +1,39 @@
+"""The end of a judged merge, whatever becomes of it: the verdict recorded and shown, the version registered."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from flows import showing
+from flows.admission import Admitted
+from flows.folding import Candidate
+from flows.judging import Judged
+from flows.publishing import metrics_of, register, show, write_version_manifest
+from flows.reporting import write_report
+from flows.work import Work
+from registry.records import Merge
+
+if TYPE_CHECKING:
+    from evaluation.report import Record
+
+
+def recorded(work: Work, admitted: Admitted, judged: Judged) -> tuple[Merge, "Record"]:
+    """The merge with the verdict that stands: in the ledger, in files, on its run in MLflow; each step repeatable."""
+    at, lease, expert, key = work.house, work.lease, work.expert, work.key(admitted)
+    run, candidate = work.run(admitted), judged.candidate
+    merge = Merge(key, lease.line, expert.id, work.parent.number, judged.verdict, run)
+    published = at.mlflow.published(lease.line, key)
+    verdict = at.ledger.record_verdict(lease, merge, published=published).verdict  # the first answer stands
+    record = write_report(at, work.settings, work.parent, lease.line, replace(judged, verdict=verdict))
+    if verdict.weights_sha256 == candidate.memory.weights_sha256:  # else an earlier run published another choice
+        inputs = [at.mlflow.model_id(lease.line, work.parent.number), work.found.model_id]
+        show(at, lease.line, run, expert, candidate, record, inputs)
+        showing.judged(lease.line, expert, record, candidate.folder)
+    return replace(merge, verdict=verdict), record
+
+
+def registered(work: Work, merge: Merge, candidate: Candidate, record: "Record") -> Merge:
+    """The merge with the version that its candidate was registered as, manifest last."""
+    at, line, key = work.house, work.lease.line, merge.merge_key
+    write_version_manifest(candidate.folder, line, key, work.parent, merge.verdict, candidate.files)
+    version, manifest = register(at, line, key, merge.run_id, candidate.folder, metrics_of(record), work.expert.name)
+    return replace(merge, version=version, manifest_sha256=manifest)

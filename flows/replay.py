@@ -1,0 +1,210 @@
+"""The flow that rebuilds a line without some of its experts, or in another order, beside the champion.
+
+Every expert that is kept is folded again as the line folds it, into a branch that starts at the last version before
+the first change: what a line has that never saw the others, to the byte under the same numerics profile.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prefect import flow
+
+from flows.champion import follow, reconcile
+from flows.config import LineConfig
+from flows.leasing import held
+from flows.merge import admit_expert, fold_tensors, judge, surroundings
+from flows.naming import find_expert
+from flows.recipe import recipe_of
+from flows.recording import recorded, registered
+from flows.scoring import Bench, Subject, known_tasks, score, task_of
+from flows.starting import check_settings
+from flows.telling import bar, say
+from flows.versions import Version, chain, find_merge, open_version
+from flows.wiring import House, house
+from flows.work import work_on
+from registry.records import Decision, Expert, FoldinError, Lease, Merge, Refusal
+from registry.verdicts import Outcome, Report, TaskScore, Verdict
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What came of a replay."""
+
+    start: int  # version that it grew from
+    head: Version
+    experts: list[dict[str, Any]]  # that were folded again, or not: expert, state, reason, version
+
+
+@flow(name="replay", flow_run_name="replay {line}", persist_result=False)
+def replay(
+    line: str,
+    because: str,
+    without: Sequence[str] = (),
+    order: Sequence[str] = (),
+    promote: bool = False,
+    who: str = "a person",
+    config_file: str = "foldin.toml",
+) -> dict[str, Any]:
+    """Build the line anew without some experts; the facts of the branch, of which the last version may be promoted.
+
+    Args:
+        line: its name.
+        because: why; kept in the line's history.
+        without: experts of the champion to leave out, as `find_expert` takes them.
+        order: all that are kept, in the order in which they shall be folded; () leaves them as they were.
+        promote: make the last version the champion, when the gate finds it no worse on what both know.
+        who: asks for it.
+        config_file: foldin.toml.
+
+    Raises:
+        FoldinError: E_EXPERT for an expert that the champion does not hold, E_BLOCKED, E_SOURCE or E_DIGEST when one
+            that is kept is gone or changed; the champion is then unchanged.
+    """
+    at = house(config_file)
+    settings = at.config.line(line)
+    check_settings(settings, line)
+    with held(at, line, told=say) as lease, surroundings():
+        if not reconcile(at, lease, say):
+            what, remedy = at.ledger.line(line).blocked, "move the alias champion to a version that passed, then replay"
+            raise FoldinError(Refusal("E_BLOCKED", what, f"line {line}", remedy=remedy))
+        champion = open_version(at, line, at.ledger.line(line).champion or 0)
+        left, kept = chosen(at, line, champion, without, order)
+        branch = grow(at, settings, lease, champion, kept)
+        verdict, scores = compared(at, settings, line, branch.head, champion)
+        moved = promote and verdict.passed and branch.head.number != champion.number
+        told = f"{described(left, order)}: {because}"
+        if moved:
+            follow(at, lease, at.ledger.move(lease, "replay", branch.head.number, told, who))
+        else:
+            at.ledger.remark(lease, "replayed", f"v{branch.head.number}, {told}", who)
+    return {
+        "line": line,
+        "champion": champion.number,
+        "without": [each.name for each in left],
+        "start": branch.start,
+        "version": branch.head.number,
+        "weights_sha256": branch.head.memory.weights_sha256,
+        "experts": branch.experts,
+        "verdict": str(verdict.outcome),
+        "reason": verdict.reason,
+        "scores": scores,
+        "promoted": moved,
+    }
+
+
+def chosen(
+    at: House, line: str, champion: Version, without: Sequence[str], order: Sequence[str]
+) -> tuple[list[Expert], list[Expert]]:
+    """The champion's experts that are left out, and those that are kept, in the order of folding."""
+    rows = {each.id: each for each in at.ledger.experts(line)}
+    ids = [find_merge(at, line, number).expert_id for number in reversed(chain(at, line, champion.number))]
+    inside = [rows[each] for each in ids if each is not None]
+    where = f"{line} v{champion.number}"
+    left = [find_expert(text, inside, where) for text in without]
+    kept = [each for each in inside if each not in left]
+    if not order:
+        return left, kept
+    wanted = [find_expert(text, kept, where) for text in order]
+    if sorted(each.id for each in wanted) != sorted(each.id for each in kept):
+        what, names = "the order does not name every expert that is kept once", ", ".join(each.name for each in kept)
+        raise FoldinError(Refusal("E_EXPERT", what, where, expected=names, found=", ".join(order)))
+    return left, wanted
+
+
+def described(left: Sequence[Expert], order: Sequence[str]) -> str:
+    """What was asked for, for the line's history."""
+    names = f"without {', '.join(each.name for each in left)}" if left else "with all experts"
+    return f"{names}, in another order" if order else names
+
+
+def grow(at: House, settings: LineConfig, lease: Lease, champion: Version, kept: Sequence[Expert]) -> Branch:
+    """Fold what is kept, from the newest ancestor of the champion that holds nothing else."""
+    head, done = beginning(at, lease.line, champion.number, [each.id for each in kept])
+    start, outcomes = head.number, list[dict[str, Any]]()
+    say(f"{lease.line}: replaying {len(kept) - done} of {len(kept)} experts from v{start}")
+    for expert in kept[done:]:
+        head, outcome = fold_beside(at, settings, lease, expert, head)
+        outcomes.append(outcome)
+    return Branch(start, head, outcomes)
+
+
+def beginning(at: House, line: str, champion: int, wanted: Sequence[int]) -> tuple[Version, int]:
+    """The newest ancestor whose experts are the first of those wanted, and how many it holds."""
+    held, found = list[int | None](), (0, 0)
+    for number in reversed(chain(at, line, champion)):
+        expert = find_merge(at, line, number).expert_id
+        held += [expert] if expert is not None else []
+        if held != list(wanted[: len(held)]):
+            break
+        found = (number, len(held))
+    return open_version(at, line, found[0]), found[1]
+
+
+def fold_beside(
+    at: House, settings: LineConfig, lease: Lease, expert: Expert, head: Version
+) -> tuple[Version, dict[str, Any]]:
+    """The branch with one more expert, registered beside the champion; as it was when the gate rejects it."""
+    found = at.mlflow.expert(expert.model, expert.version)
+    if found is None:
+        what, remedy = "the expert was deleted in MLflow", "leave it out of the replay too, with --without"
+        raise FoldinError(Refusal("E_SOURCE", what, f"expert {expert.name}", remedy=remedy))
+    # No person is asked in between; what the last rung rejects and a person approved before stays approved.
+    work = work_on(at, replace(settings, approval="on-reject"), lease, expert, found, head.number)
+    admitted = admit_expert(work)
+    if isinstance(admitted, Refusal):
+        raise FoldinError(admitted)
+    if admitted.weights_sha256 != expert.digest:
+        what, remedy = "the expert's weights are not those that were folded", "restore them, or leave the expert out"
+        then, now = expert.digest[:12], admitted.weights_sha256[:12]
+        raise FoldinError(Refusal("E_DIGEST", what, f"expert {expert.name}", "", "", then, now, remedy))
+    recipe = recipe_of(settings, head.memory)
+    candidate = fold_tensors(work, admitted, recipe)
+    if isinstance(candidate, Refusal):
+        raise FoldinError(candidate)
+    judged = judge(work, admitted, candidate, recipe)
+    merge, record = recorded(work, admitted, judged)
+    approved = merge.verdict.outcome is Outcome.WAITING and _approved_before(at, lease.line, expert)
+    outcome: dict[str, Any] = {"expert": expert.name, "state": "rejected", "reason": merge.verdict.reason, "version": None}
+    if merge.verdict.passed or approved:
+        kept = replace(merge, decided=Decision.APPROVED if approved else None)
+        kept = registered(work, kept, judged.candidate, record)
+        at.ledger.keep(lease, kept)
+        head = open_version(at, lease.line, kept.version or 0)
+        outcome |= {"state": "approved" if approved else "folded", "version": head.number}
+    shutil.rmtree(judged.candidate.folder.parent, ignore_errors=True)
+    say(f"{expert.name}: {outcome['state']}{f' into v{head.number}' if outcome['version'] else ''} beside the champion")
+    return head, outcome
+
+
+def _approved_before(at: House, line: str, expert: Expert) -> bool:
+    mine: list[Merge] = [each for each in at.ledger.merges(line) if each.expert_id == expert.id]
+    return any(each.decided is Decision.APPROVED for each in mine)
+
+
+def compared(
+    at: House, settings: LineConfig, line: str, head: Version, champion: Version
+) -> tuple[Verdict, dict[str, dict[str, Any]]]:
+    """The gate's answer to a branch on everything that it knows, and the scores: task -> champion, branch."""
+    from evaluation.gate import gate, rules_from
+
+    tasks = known_tasks(at, settings, head.memory, head.folder)
+    if not tasks:
+        return Verdict(Outcome.PASSED, weights_sha256=head.memory.weights_sha256), {}
+    base = open_version(at, line, chain(at, line, head.number)[-1])
+    bench = Bench(at, settings, base)
+    known = {name: task_of(tasks[name].suite, champion.folder) for name in head.memory.tasks}
+
+    def measured(version: Version, named: str) -> dict[str, TaskScore]:
+        with bar(f"measuring {named} on {len(tasks)} tasks") as progress:
+            subject = Subject(version.memory.weights_sha256, version.weights())
+            return score(bench, subject, {**tasks, **known} if version is champion else tasks, progress=progress)
+
+    ours, theirs = measured(head, "the branch"), measured(champion, "the champion")
+    rules = rules_from(settings.gate, f"[lines.{line}.gate]")
+    verdict = gate(Report(head.memory.weights_sha256, ours), Report(champion.memory.weights_sha256, theirs), rules)
+    return verdict, {
+        name: {"champion": theirs[name].value, "branch": ours[name].value, "metric": ours[name].metric}
+        for name in tasks
+    }
