@@ -44,16 +44,29 @@ def drop(rule: str, task: str, both: Pair, found: Change, rules: Rules, tests: i
     """Whether a task fell (a perplexity rose) no further than a rule allows, or no further than chance explains."""
     limit, level = getattr(rules, rule), rules.significance / tests
     loss, interval = _shown(found, both)
-    passed = loss <= limit + ROUNDING or _chance(found.p, found.least, level)
-    text = f"{named(task)}: {_told(both)}; at most {_amount(limit, both)} allowed ({_p(found.p, level)})"
+    within = loss <= limit + ROUNDING
+    passed = within or _chance(found.p, found.least, level)
+    text = (
+        f"{named(task)}: {_told(both)}; at most {_amount(limit, both)} allowed{_excuse(within, found.p, level, passed)}"
+    )
     return Check(rule, task, loss, limit, passed, text, interval=interval)
+
+
+def total_drop(task: str, both: Pair, best: float, rules: Rules) -> Check:
+    """Whether a task is no further than max_total_drop below the line's best; small losses may not add up to more."""
+    limit, value = rules.max_total_drop, both[1].value
+    loss = best - value
+    text = (
+        f"{named(task)}: {best:.3f} at best -> {value:.3f}, {_direction(-loss)}; at most {_points(limit)} down allowed"
+    )
+    return Check("max_total_drop", task, loss, limit, loss <= limit + ROUNDING, text)
 
 
 def safety(task: str, both: Pair, rules: Rules) -> Check:
     """Whether a safety task fell no further than max_safety_drop. Chance is not asked, and a failure is hard."""
     limit, (loss, interval) = rules.max_safety_drop, _shown(change(both), both)
     passed = loss <= limit + ROUNDING
-    text = f"{named(task)} (safety): {_told(both)}; at most {_amount(limit, both)} allowed, whatever chance explains"
+    text = f"{named(task)} (safety): {_told(both)}; at most {_amount(limit, both)} allowed, chance or not"
     return Check("max_safety_drop", task, loss, limit, passed, text, interval=interval, hard=not passed)
 
 
@@ -69,8 +82,8 @@ def _negative_flips(task: str, both: Pair, found: Change, rules: Rules, tests: i
     over = rate > limit + ROUNDING
     p = at_least(found.losses, count, limit) if over else 1.0
     counts = f"{found.losses} of {count} answers turned wrong ({rate:.1%}) and {found.wins} right"
-    text = f"{named(task)}: {counts}; at most {limit:.1%} wrong allowed" + (f" ({_p(p, level)})" if over else "")
     passed = not over or _chance(p, limit**count, level)
+    text = f"{named(task)}: {counts}; at most {limit:.1%} wrong allowed{_excuse(not over, p, level, passed)}"
     return Check("max_negative_flips", task, rate, limit, passed, text, interval=_wilson(found.losses, count))
 
 
@@ -79,8 +92,9 @@ def mean_drop(pairs: Sequence[Pair], rules: Rules, tests: int) -> Check:
     limit, level, changes = rules.max_mean_drop, rules.significance / tests, [change(both) for both in pairs]
     loss = math.fsum(each.loss for each in changes) / len(pairs)
     p, least = by_chance(pairs), 0.5 ** sum(both[0].examples for both in pairs)
-    passed = loss <= limit + ROUNDING or _chance(p, least, level)
-    allowed = f"at most {_points(limit)} allowed ({_p(p, level)})"
+    within = loss <= limit + ROUNDING
+    passed = within or _chance(p, least, level)
+    allowed = f"at most {_points(limit)} down allowed{_excuse(within, p, level, passed)}"
     text = f"mean of {len(pairs)} known task{'s' * (len(pairs) > 1)}: {_direction(-loss)}; {allowed}"
     edge = math.sqrt(math.fsum((each.interval[1] - each.interval[0]) ** 2 for each in changes)) / 2 / len(pairs)
     return Check("max_mean_drop", "", loss, limit, passed, text, interval=(loss - edge, loss + edge))
@@ -166,7 +180,7 @@ def _direction(change: float) -> str:
 
 
 def _amount(limit: float, both: Pair) -> str:
-    return f"{limit:.1%}" if both[0].metric == "perplexity" else _points(limit)
+    return f"{limit:.1%} up" if both[0].metric == "perplexity" else f"{_points(limit)} down"
 
 
 def _gain(value: float, both: Pair) -> str:
@@ -175,6 +189,15 @@ def _gain(value: float, both: Pair) -> str:
 
 def _points(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def _excuse(within: bool, p: float, level: float, passed: bool) -> str:
+    """What chance has to say of a loss beyond the limit; nothing of any other."""
+    if within:
+        return ""
+    return (
+        f", but chance explains it ({_p(p, level)})" if passed else f", and chance does not explain it ({_p(p, level)})"
+    )
 
 
 def _p(p: float, level: float) -> str:

@@ -21,7 +21,7 @@ class Clock(NamedTuple):
     def check(self) -> None:
         """Nothing while there is time left; raises TimeoutError when there is none."""
         if self.taken() >= self.seconds:
-            raise TimeoutError(f"timed out after {self.seconds:g} s")
+            raise TimeoutError(f"timed out after {self.seconds:g} s (evaluation_seconds)")
 
 
 def started(seconds: float) -> Clock:
@@ -51,5 +51,5 @@ def within(clock: Clock, function: Callable[[], Result]) -> Result:
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"timed out after {clock.seconds:g} s")
+        raise TimeoutError(f"timed out after {clock.seconds:g} s (evaluation_seconds)")
     return results[0]

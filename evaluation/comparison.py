@@ -55,6 +55,7 @@ def changes(record: Record) -> list[Change]:
 def _change(record: Record, before: TaskScore | None, task: str) -> Change:
     after = record.report.scores.get(task)
     checks = [check for check in (record.verdict.checks if record.verdict else ()) if check.task == task]
+    asked = [check for check in checks if record.verdict and check.rung == record.verdict.rung]
     failed = any(not check.passed for check in checks)
     known = Change(task, before, after, failed=failed, new=task == record.report.new_task)
     both = pair(before, after, ("champion", "candidate"), task, before.split if before else "gate")
@@ -63,12 +64,12 @@ def _change(record: Record, before: TaskScore | None, task: str) -> Change:
     first, second = both[0].value, both[1].value
     value = second / first - 1 if known.is_perplexity else second - first
     wrong, right = flips(*both) if both[0].correct else (None, None)
-    interval = _told(checks, value, known.is_perplexity) or _found(both, known.is_perplexity)
+    interval = _told(asked, value, known.is_perplexity) or _found(both, known.is_perplexity)
     return known._replace(value=value, interval=interval, wrong=wrong, right=right)
 
 
 def _told(checks: Sequence[Check], value: float, rising: bool) -> Interval | None:
-    """The interval that the gate decided by, when it speaks of this very change: losses are its values."""
+    """The interval that the gate decided by, among the last rung's checks, when one speaks of this very change."""
     for check in checks:
         sign = 1 if rising or check.rule == "min_gain" else -1
         asked = check.rule in LOSSES or check.rule == "min_gain"

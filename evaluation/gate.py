@@ -32,13 +32,12 @@ def free(fold: Fold, rules: Rules) -> Verdict:
     usual = statistics.median(fold.earlier) if fold.earlier else fold.norm
     unknown = any(map(math.isnan, fold.earlier))  # which the median may pass over
     ratio = math.nan if unknown else fold.norm / usual if usual else (math.inf if fold.norm else 1.0)
-    size = f"the expert's change has norm {fold.norm:.3g}, {ratio:.2f} times the median of the {len(fold.earlier)}"
+    median = f", {ratio:.2f} times the median of the {len(fold.earlier)} before" if fold.earlier else ", the first one"
+    size = f"the expert's change has norm {fold.norm:.3g}{median}"
     along = f"{fold.overlap:.0%} of the expert's change lies along what was folded before"
     return _verdict(
         [
-            checks.limited(
-                "max_norm_ratio", ratio, rules.max_norm_ratio, f"{size} before; at most {rules.max_norm_ratio:g}"
-            ),
+            checks.limited("max_norm_ratio", ratio, rules.max_norm_ratio, f"{size}; at most {rules.max_norm_ratio:g}"),
             checks.limited(
                 "max_overlap", fold.overlap, rules.max_overlap, f"{along}; at most {rules.max_overlap:.0%} allowed"
             ),
@@ -109,6 +108,8 @@ def _known(candidate: Report, champion: Report, rules: Rules, split: str) -> lis
             answers.append(checks.uncertain("max_task_drop", task, rules.max_task_drop, both))
             continue
         answers += checks.known_task(task, both, rules, len(tasks) + 1)
+        if task in champion.best:
+            answers.append(checks.total_drop(task, both, champion.best[task], rules))
         pairs += [both] if both[0].metric != "perplexity" else []
     return [*answers, checks.mean_drop(pairs, rules, len(tasks) + 1)] if pairs else answers
 

@@ -46,8 +46,12 @@ def _at_a_glance(record: Record, changes: Sequence[Change]) -> list[tuple[str, s
     if old:
         worst = min(old, key=lambda each: each.value)
         mean = math.fsum(each.value for each in old) / len(old)
-        tiles += [(f"mean change of {len(old)} known tasks", f"{wording.signed(mean)} points")]
+        tiles += [(f"mean change of {len(old)} known task{'s' * (len(old) > 1)}", f"{wording.signed(mean)} points")]
         tiles += [(f"furthest down: {worst.task}", f"{wording.signed(worst.value)} points")] if worst.value < 0 else []
+    rising = [each for each in changes if each.is_perplexity and not each.new and each.value > 0]
+    if rising:
+        most = max(rising, key=lambda each: each.value)
+        tiles += [(f"perplexity furthest up: {most.task}", f"{wording.signed(most.value)} %")]
     asked = [each for each in old if each.wrong is not None]
     if asked:
         wrong, whole = sum(each.wrong or 0 for each in asked), sum(each.examples for each in asked)

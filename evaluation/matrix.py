@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from evaluation.drawing import INK, MUTED, axes_at, canvas, label
 
-CELL, LINE_HEIGHT, LETTER = 40.0, 26.0, 6.8  # pixels
+CELL, LINE_HEIGHT, LETTER, BOLD = 40.0, 26.0, 6.8, 7.8  # pixels
 LIGHT, DARK = "#fefefe", "#010101"  # on a cell; not the page's colours, which change
 
 
@@ -24,12 +24,13 @@ def draw_matrix(
     slanted = max(map(len, heads), default=0) > 4
     top = (30 if title else 6) + (14 + 4.2 * max(map(len, heads)) if slanted else 20)
     width, height = CELL * max(1, len(columns)), LINE_HEIGHT * max(1, len(rows))
-    figure = canvas(left + width + (70 if slanted else 10), top + height + 6)
+    shown = label(title, 80)
+    figure = canvas(max(left + width + (70 if slanted else 10), 8 + BOLD * len(shown)), top + height + 6)
     axes = axes_at(figure, left, top, width, height)
     _colour(axes, values, len(columns))
     _name(axes, names, heads, slanted)
     if title:
-        figure.text(0.006, 1 - 16 / (top + height + 6), label(title, 80), weight="bold")
+        figure.text(0.006, 1 - 16 / (top + height + 6), shown, weight="bold")
     return figure
 
 

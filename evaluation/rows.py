@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,11 @@ def digests(suite: "Suite", where: str) -> dict[str, list[bytes]]:
 def write_rows(path: Path, rows: Iterable[Any], kind: str, metric: str) -> None:
     """Writes the Parquet file of a suite; equal rows give equal bytes with the same pyarrow."""
     if kind == "python":
-        table = pa.Table.from_pylist(list(rows))
+        plain = list(rows)
+        if not all(isinstance(row, Mapping) for row in plain):
+            what, expected = "a row of a python suite is no dict", '{"split": "gate", ...}'
+            raise FoldinError(Refusal("E_SUITE", what, f"suite in {path.parent}", expected=expected))
+        table = pa.Table.from_pylist(plain)
     else:
         texts, labels = pa.string(), pa.int64()
         wanted = {"text": texts, "label": labels, "split": texts}

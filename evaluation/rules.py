@@ -22,6 +22,7 @@ class Rules:
     max_canary_rise: float = 0.5  # the same for a perplexity, as a share of the champion's
     # full: every example
     max_task_drop: float = 0.02  # a known task may fall this far below the champion; more fails if it is significant
+    max_total_drop: float = 0.10  # a known task may be this far below the best that the line ever had, chance or not
     max_mean_drop: float = 0.01  # the same for the mean over all known tasks, with their flips pooled
     max_negative_flips: float = 0.10  # share of a task's examples that turn wrong; more fails if it is significant
     max_perplexity_rise: float = 0.05  # a perplexity may rise by this share; more fails if it is significant

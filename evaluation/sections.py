@@ -122,7 +122,9 @@ def _try(place: int, each: Try) -> Row:
     settings = ", ".join(f"{name} {value}" for name, value in each.parameters.items())
     values = (f"{each.weight:g}", wording.percent(each.old), wording.percent(each.new))
     told = ", ".join(word for word in words if word)
-    return Row((str(place), each.name, each.method, settings, *values, told, each.reason), "chosen" * each.chosen)
+    first, _, more = each.reason.partition("; ")
+    reason = f"{first}, and {more.count('; ') + 1} more" if more else first
+    return Row((str(place), each.name, each.method, settings, *values, told, reason), "chosen" * each.chosen)
 
 
 def layers(record: Record, drawn: Drawn) -> str:

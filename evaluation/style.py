@@ -28,7 +28,7 @@ th,td{border-bottom:1px solid var(--line);padding:.35rem .6rem;text-align:left;v
 th{font-weight:600}thead th{color:var(--muted);white-space:nowrap}tbody th,td{overflow-wrap:anywhere;min-width:4rem}
 .number{text-align:right}.number,.short{white-space:nowrap}.failed{background:var(--bad-soft)}.chosen{background:var(--good-soft)}
 .failed th{color:var(--bad)}
-figure{margin:1rem 0}svg{display:block;max-width:100%;min-width:30rem;height:auto;font-family:inherit}
+figure{margin:1rem 0}svg{display:block;max-width:none;height:auto;font-family:inherit}
 svg path,svg use{stroke-linejoin:round}
 summary{cursor:pointer;color:var(--muted)}
 @media (max-width:44rem){.stacked,.stacked tbody,.stacked tr,.stacked th,.stacked td{display:block;width:auto}

@@ -67,13 +67,15 @@ def score(options: dict[str, Any], line: str, version: int | None, as_json: bool
 @click.command()
 @click.argument("line")
 @click.argument("version", type=int, required=False)
+@click.option("--expert", help="The report of what became of this expert, folded or rejected: MODEL vN.")
 @click.option("--to", type=click.Path(path_type=Path), help="Copy the page to this file.")
 @click.pass_obj
-def report(options: dict[str, Any], line: str, version: int | None, to: Path | None) -> None:
+def report(options: dict[str, Any], line: str, version: int | None, expert: str | None, to: Path | None) -> None:
     """Where the report of a VERSION of LINE (the champion by default) is: one page, readable without network."""
-    from flows.reading import show as read
+    house = house_of(options)
+    from flows.reading import page_of, show
 
-    page = Path(read(house_of(options), line, version)["report"])
+    page = page_of(house, line, expert) if expert else Path(show(house, line, version)["report"])
     if to:
         to.write_bytes(page.read_bytes())
     click.echo(str(to or page))

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from flows.asking import log, report, score, show, status
-from flows.people import approve, reject
+from flows.people import approve, reject, replay, requeue, rollback
 from flows.telling import busy, say
 from flows.verb import fail, finish, house_of, prefect_for, prepared
 
@@ -100,7 +100,7 @@ def serve(options: dict[str, Any], limit: int) -> None:
 @click.pass_obj
 def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
     """Look once: adopt moves of the alias, enrol new experts, fold everything that waits. All lines by default."""
-    from registry.records import FoldinError
+    from registry.records import ExpertState, FoldinError
 
     config = prepared(options)
     names = [line] if line else sorted(config.lines)
@@ -113,7 +113,8 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
                 outcomes += look(name, str(options["config_file"]))
             except FoldinError as error:  # one line's trouble is not the others'
                 errors.append(error)
-        if not errors and not outcomes:
+        pending = any(house_of(options).ledger.experts(name, ExpertState.PENDING) for name in names if not errors)
+        if not (errors or outcomes or pending):
             say(f"{', '.join(names) or 'no line'}: nothing new was found, nothing to fold")
     for other in errors[1:]:
         say(f"error: {other}")
@@ -135,23 +136,6 @@ def merge(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
     if outcome is None:
         say(f"Nothing can be folded in {line} now: none waits, or `foldin status {line}` says what is in the way.")
     finish([outcome] if outcome else [], as_json)
-
-
-@cli.command()
-@click.argument("line")
-@click.option("--to", type=int, help="Version; default: the champion's parent.")
-@click.option("--because", required=True, help="Why; kept in the line's history.")
-@click.pass_obj
-def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -> None:
-    """Make an earlier (or later) version of LINE the champion, verified first."""
-    import getpass
-
-    with prefect_for(options, [line], check=False):  # it needs none of them, and must work when they are wrong
-        from flows.rollback import rollback as roll_back
-
-        moved = roll_back(line, because, to, getpass.getuser(), str(options["config_file"]))
-    click.echo(f"{line}: v{moved['from']} -> v{moved['to']}")
-    say(f"Next: foldin log {line}")
 
 
 @cli.command()
@@ -196,7 +180,7 @@ def ui(options: dict[str, Any], prefect_port: int, mlflow_port: int) -> None:
         threading.Event().wait()
 
 
-for verb in (status, log, show, score, report, approve, reject):
+for verb in (status, log, show, score, report, approve, reject, rollback, replay, requeue):
     cli.add_command(verb)
 
 

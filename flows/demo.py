@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HEADING = "# The demonstration line. Everything below is embedded: SQLite and local folders.\n"
 SETTINGS = """approval = "always"  # what passes waits for a person
-guards = {{ retrieval = "{guard}" }}  # general ability: no expert trains for it, and no candidate may lose it
+guards = {{ retrieval = "{guard}" }}  # general ability, which no expert trains for: held to the same limits as a task
 
 [lines.demo.search]
 when = "always"  # also when an expert passes: another strength may be better

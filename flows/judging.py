@@ -1,5 +1,6 @@
 """The three rungs of the gate, the cheapest first: what is measured for each, and where the climb ends."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from flows.admission import Admitted
 from flows.folding import Candidate
 from flows.scoring import GATE, Bench, Rows, Subject, Task, known_tasks, score, task_of
 from flows.telling import bar
-from flows.versions import Version
+from flows.versions import Version, history
 from registry.files import shown
 from registry.records import FoldinError, Refusal
 from registry.verdicts import Report, TaskScore, Try, Verdict
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from evaluation.gate import Fold, Rules
 
 POLICY: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}  # the ledger decides what is done
+SAME = 0.005  # two measurements of one model on one suite, on other machines perhaps
 Rung = Callable[["Contest", Candidate], tuple[Verdict, Report, Report]]  # verdict, candidate's report, champion's
 
 
@@ -142,7 +144,19 @@ def both(
     with bar(f"{rows.split}: the champion on {len(tasks)} tasks") as progress:
         theirs = score(at.bench, champion, {name: at.before[name] for name in tasks}, rows, progress)
     _check_measured(theirs, at.expert.task)
-    return replace(report, scores=ours), Report(champion.weights_sha256, theirs)
+    best = best_before(at.parent, theirs) if rows == GATE else {}
+    return replace(report, scores=ours), Report(champion.weights_sha256, theirs, best=best)
+
+
+def best_before(champion: Version, now: Mapping[str, TaskScore]) -> dict[str, float]:
+    """Task -> the best value that the champion or one of its ancestors had.
+
+    Where the champion's own value is not what its report says, the task is measured otherwise since: no history counts.
+    """
+    rows = history(champion, "matrix")
+    known = {name: [row[name] for row in rows if math.isfinite(row.get(name, math.nan))] for name in now}
+    same = {name: bool(rows) and abs(rows[-1].get(name, math.inf) - now[name].value) < SAME for name in now}
+    return {name: max(values) for name, values in known.items() if values and same[name]}
 
 
 def _check_measured(champion: Mapping[str, TaskScore], new: str) -> None:
@@ -153,7 +167,10 @@ def _check_measured(champion: Mapping[str, TaskScore], new: str) -> None:
     """
     for name, found in champion.items():
         if found.error and name != new:
-            what, remedy = "the champion could not be measured", "mend the suite or the machine, then watch again"
+            what, remedy = (
+                "the champion could not be measured",
+                "mend the suite or the machine, or allow more evaluation_seconds, then watch again",
+            )
             raise FoldinError(Refusal("E_MEASURE", what, f"task {name}", found=shown(found.error), remedy=remedy))
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from flows.config import LineConfig
+from registry.records import FoldinError, Refusal
 
 if TYPE_CHECKING:
     from evaluation.architecture import Anatomy
@@ -30,11 +31,18 @@ class Kinds:
 
 
 def kinds_of(settings: LineConfig, base: "Checkpoint", anatomy: "Anatomy") -> Kinds:
-    """What the architecture and the line's patterns say about the base's tensors."""
+    """What the architecture and the line's patterns say about the base's tensors.
+
+    Raises FoldinError (E_CONFIG) for a pattern that matches none of them.
+    """
 
     def named(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
+    for key, patterns in (("plain", settings.plain), ("project", settings.project)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in base):
+                raise FoldinError(_matches_nothing(key, pattern, base))
     linear = {name for name in anatomy.linear | anatomy.stacked if not named(name, settings.plain)}
     asked = {name for name in base if len(base.stored[name].spec.shape) > 1 and named(name, settings.project)}
     return Kinds(
@@ -43,6 +51,13 @@ def kinds_of(settings: LineConfig, base: "Checkpoint", anatomy: "Anatomy") -> Ki
         means=anatomy.means,
         untouched=anatomy.derived,
         same={name: kept for name, kept in anatomy.aliases.items() if stored_twice(base, name, kept)},
+    )
+
+
+def _matches_nothing(key: str, pattern: str, base: "Checkpoint") -> Refusal:
+    what, remedy = f"a pattern of {key} matches no tensor of the base", f"correct it, or take it out of {key}"
+    return Refusal(
+        "E_CONFIG", what, "foldin.toml", expected=f"names such as {next(iter(base))}", found=pattern, remedy=remedy
     )
 
 

@@ -33,7 +33,6 @@ def held(
     keeper.start()
     try:
         yield lease
-        _remember(house, lease)
     except (FoldinError, OSError, RuntimeError, ValueError):
         # Who took over also removed the scratch folder: what fails after that fails for this reason alone.
         with house.ledger.leases.fenced(lease):
@@ -41,19 +40,21 @@ def held(
     finally:
         stop.set()
         keeper.join()
+        _remember(house, lease)
         house.ledger.leases.release(lease)
 
 
 def _remember(house: House, lease: Lease) -> None:
     """Let MLflow keep the line's history; when it cannot now, the next holder does.
 
-    A holder that was overtaken may write an older history over a newer one, which the next holder mends.
+    A holder that is overtaken in here may write an older history over a newer one, which the next holder mends.
     """
     try:
+        house.ledger.leases.check(lease)
         house.mlflow.runs.keep_history(lease.line, house.ledger.export(lease.line))
     except FoldinError as error:
-        if error.refusal.code != "E_MLFLOW":
-            raise
+        if error.refusal.code == "E_FENCED":
+            return
         say(f"line {lease.line}: its history was not written to MLflow, the next watch will: {error}")
 
 

@@ -66,13 +66,19 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
             # What is the expert's fault is a refusal by now; this is not, so it does not count against the expert.
             if error.refusal.code != "E_FENCED":
                 at.ledger.clear_attempts(lease, waiting[0])
-            raise
+            raise FoldinError(of_line(line, error.refusal)) from error
         except (KeyboardInterrupt, TerminationSignal):
             at.ledger.clear_attempts(lease, waiting[0])  # a person or the platform ended the run, not the expert
             raise
     if outcome is not None:
         notify(settings, line, outcome)
     return outcome
+
+
+def of_line(line: str, refusal: Refusal) -> Refusal:
+    """The same, with the line's name in it."""
+    named = line in refusal.where
+    return refusal if named else replace(refusal, where=", ".join(filter(None, (f"line {line}", refusal.where))))
 
 
 @contextmanager
@@ -186,6 +192,7 @@ def judge(work: Work, admitted: Admitted, candidate: Candidate, recipe: Recipe) 
         say(f"{work.expert.name}: {judged.verdict.outcome}; searching for a better way to fold it")
         run, refolded = work.run(admitted), partial(refold, work, admitted)
         judged = search(at, judged, recipe, work.scratch(admitted), refolded, partial(show_try, work.house, run))
+        say(f"{work.expert.name}: {judged.found}")
     say(f"{work.expert.name}: judged in {took(judged.seconds)}")
     verdict = under_approval(judged.verdict, work.settings.approval)
     return replace(judged, verdict=replace(verdict, weights_sha256=judged.candidate.memory.weights_sha256))
@@ -208,6 +215,7 @@ def conclude(work: Work, admitted: Admitted, judged: Judged) -> dict[str, Any]:
         outcome = hold(work, merge, candidate, record)
     else:
         outcome = settle(at, lease, expert, ExpertState.REJECTED, "E_GATE", merge.verdict.reason)
+        say(f"why, in full: foldin report {lease.line} --expert '{expert.name}'")
     shutil.rmtree(candidate.folder.parent, ignore_errors=True)
     return outcome
 

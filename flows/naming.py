@@ -34,7 +34,7 @@ def find_expert(text: str, experts: Iterable[Some], where: str) -> Some:
     Raises:
         FoldinError: E_EXPERT when none or several are meant.
     """
-    known = list(experts)
+    known = list({(each.model, each.version): each for each in experts}.values())  # of a requeued one the last row
     found = [each for each in known if text.strip() in _names(each)]
     if len(found) == 1:
         return found[0]

@@ -1,12 +1,13 @@
-"""The verbs with which a person decides about a version that waits."""
+"""The verbs with which a person decides: what waits, which version serves, which experts are in it."""
 
 import getpass
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 import click
 
 from flows.telling import say
-from flows.verb import prefect_for
+from flows.verb import REJECTED, answer, house_of, prefect_for
 
 
 def _words(context: click.Context, option: click.Parameter, text: str) -> str:
@@ -46,4 +47,64 @@ def reject(options: dict[str, Any], line: str, version: int, because: str) -> No
 
         decide(line, version, because, getpass.getuser(), str(options["config_file"]))
     click.echo(f"{line}: v{version} declined")
+    say(f"Next: foldin watch {line}")
+
+
+@click.command()
+@click.argument("line")
+@click.option("--to", type=int, help="Version; default: the champion's parent.")
+@because
+@click.pass_obj
+def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -> None:
+    """Make an earlier (or later) version of LINE the champion, verified first."""
+    with prefect_for(options, [line], check=False):  # it needs none of them, and must work when they are wrong
+        from flows.rollback import rollback as roll_back
+
+        moved = roll_back(line, because, to, getpass.getuser(), str(options["config_file"]))
+    click.echo(f"{line}: v{moved['from']} -> v{moved['to']}")
+    say(f"Next: foldin log {line}")
+
+
+@click.command()
+@click.argument("line")
+@click.option(
+    "--without", multiple=True, help="Expert to leave out: MODEL vN, or its task. May be given several times."
+)
+@click.option("--order", multiple=True, help="All that are kept, in the order of folding; once for each expert.")
+@click.option("--promote", is_flag=True, help="Make the result the champion, if the gate finds it no worse.")
+@because
+@click.option("--json", "as_json", is_flag=True, help="The facts as JSON.")
+@click.pass_obj
+def replay(
+    options: dict[str, Any],
+    line: str,
+    without: tuple[str, ...],
+    order: tuple[str, ...],
+    promote: bool,
+    because: str,
+    as_json: bool,
+) -> NoReturn:
+    """Rebuild LINE without some experts, or in another order, as if it had never seen them; beside the champion."""
+    with prefect_for(options, [line]):
+        from flows.replay import replay as rebuild
+
+        who, file = getpass.getuser(), str(options["config_file"])
+        facts = rebuild(line, because, list(without), list(order), promote, who, file)
+    from flows.printing import print_replay
+
+    answer(facts, as_json, print_replay)
+    sys.exit(0 if facts["verdict"] == "passed" else REJECTED)
+
+
+@click.command()
+@click.argument("line")
+@click.argument("expert")
+@because
+@click.pass_obj
+def requeue(options: dict[str, Any], line: str, expert: str, because: str) -> None:
+    """Put an EXPERT of LINE that was rejected, set aside, withdrawn or rolled back at the end of the queue again."""
+    from flows.requeue import requeue as again
+
+    name = again(house_of(options), line, expert, because, getpass.getuser())
+    click.echo(f"{name}: pending")
     say(f"Next: foldin watch {line}")

@@ -108,7 +108,7 @@ def print_show(facts: Mapping[str, Any]) -> None:
     """One version: what is in it, how it was judged, how good it is."""
     table = _table("", f"{facts['line']} v{facts['version']}")
     parameters = ", ".join(f"{key} = {value}" for key, value in facts["parameters"].items()) or "defaults"
-    experts = [clean(f"{e['model']} v{e['version']}  ({e['task']})") for e in facts["experts"]]
+    experts = [clean(f"{e['model']} v{e['version']}  ({e['task']}{_weight(e['weight'])})") for e in facts["experts"]]
     rows = {
         "parents": clean(" <- ".join(f"v{parent}" for parent in facts["parents"]), LONG) or "none: this is the base",
         "experts": "\n".join(experts) or "none",
@@ -125,6 +125,10 @@ def print_show(facts: Mapping[str, Any]) -> None:
     if facts["checks"]:
         print_checks(facts["checks"])
     print_scores(facts["scores"])
+
+
+def _weight(weight: float) -> str:
+    return "" if weight == 1 else f", weight {weight:g}"
 
 
 def _by(decided: Mapping[str, Any] | None) -> str:
@@ -165,6 +169,24 @@ def print_comparison(
         kept = (f"{each[title]:.3f}" if title in each else "" for each in guarded.values())
         table.add_row(_text(title), *(f"{row[task]:.3f}" for task in tasks), f"{means[title]:.3f}", *kept)
     console().print(table)
+
+
+def print_replay(facts: Mapping[str, Any]) -> None:
+    """What became of each expert, and how the branch compares with the champion."""
+    table = _table("expert", "beside the champion", "why not")
+    for each in facts["experts"]:
+        became = f"{each['state']} as v{each['version']}" if each["version"] else each["state"]
+        table.add_row(_text(each["expert"]), became, _text(each["reason"], 240))
+    if facts["experts"]:
+        console().print(table)
+    scores = _table("task", "metric", f"champion v{facts['champion']}", f"branch v{facts['version']}")
+    for task, each in facts["scores"].items():
+        values = ("not measured" if each[key] is None else f"{each[key]:.3f}" for key in ("champion", "branch"))
+        scores.add_row(_text(task), _text(each["metric"]), *values)
+    if facts["scores"]:
+        console().print(scores)
+    now = "is champion now" if facts["promoted"] else "is not the champion"
+    console().print(_text(f"v{facts['version']} ({facts['verdict']}) {now}. {facts['reason']}".strip(), 1000))
 
 
 def _table(*columns: str) -> Table:

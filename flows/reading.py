@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from flows.naming import find_expert
 from flows.versions import PAGE_FILE, REPORT_FILE, chain, find_merge, open_version
 from flows.waiting import decided_by, facts_of, state_of
 from flows.wiring import House, is_dead
@@ -75,6 +77,24 @@ def show(house: House, name: str, number: int | None) -> dict[str, Any]:
         "folder": str(version.folder),
         "report": str(version.folder / PAGE_FILE),
     }
+
+
+def page_of(house: House, name: str, text: str) -> Path:
+    """The page that shows how an expert was judged last, whether it was folded or not.
+
+    Raises:
+        FoldinError: E_EXPERT for an expert that the line does not know, or that was never judged.
+    """
+    expert = find_expert(text, house.ledger.experts(name), f"line {name}")
+    judged = [merge for merge in house.ledger.merges(name) if merge.expert_id == expert.id and merge.run_id]
+    if not judged:
+        what, found = (
+            "the expert was never judged",
+            f"{expert.state}: {expert.reason}" if expert.reason else expert.state,
+        )
+        remedy = f"`foldin log {name}` shows why"
+        raise FoldinError(Refusal("E_EXPERT", what, f"expert {expert.name}", found=found, remedy=remedy))
+    return house.mlflow.runs.artifact(judged[-1].run_id, Path(PAGE_FILE).name, house.config.home / "downloads")
 
 
 def score(house: House, name: str, number: int | None) -> dict[str, Any]:

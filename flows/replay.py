@@ -11,10 +11,11 @@ from typing import Any
 
 from prefect import flow
 
+from flows.admission import admit
 from flows.champion import follow, reconcile
 from flows.config import LineConfig
 from flows.leasing import held
-from flows.merge import admit_expert, fold_tensors, judge, surroundings
+from flows.merge import fold_tensors, judge, surroundings
 from flows.naming import find_expert
 from flows.recipe import recipe_of
 from flows.recording import recorded, registered
@@ -152,7 +153,7 @@ def fold_beside(
         raise FoldinError(Refusal("E_SOURCE", what, f"expert {expert.name}", remedy=remedy))
     # No person is asked in between; what the last rung rejects and a person approved before stays approved.
     work = work_on(at, replace(settings, approval="on-reject"), lease, expert, found, head.number)
-    admitted = admit_expert(work)
+    admitted = admit(at, work.settings, work.base, expert, found)
     if isinstance(admitted, Refusal):
         raise FoldinError(admitted)
     if admitted.weights_sha256 != expert.digest:
@@ -166,7 +167,12 @@ def fold_beside(
     judged = judge(work, admitted, candidate, recipe)
     merge, record = recorded(work, admitted, judged)
     approved = merge.verdict.outcome is Outcome.WAITING and _approved_before(at, lease.line, expert)
-    outcome: dict[str, Any] = {"expert": expert.name, "state": "rejected", "reason": merge.verdict.reason, "version": None}
+    outcome: dict[str, Any] = {
+        "expert": expert.name,
+        "state": "rejected",
+        "reason": merge.verdict.reason,
+        "version": None,
+    }
     if merge.verdict.passed or approved:
         kept = replace(merge, decided=Decision.APPROVED if approved else None)
         kept = registered(work, kept, judged.candidate, record)
@@ -205,6 +211,10 @@ def compared(
     rules = rules_from(settings.gate, f"[lines.{line}.gate]")
     verdict = gate(Report(head.memory.weights_sha256, ours), Report(champion.memory.weights_sha256, theirs), rules)
     return verdict, {
-        name: {"champion": theirs[name].value, "branch": ours[name].value, "metric": ours[name].metric}
+        name: {"metric": ours[name].metric, "champion": _measured(theirs[name]), "branch": _measured(ours[name])}
         for name in tasks
     }
+
+
+def _measured(found: TaskScore) -> float | None:
+    return None if found.error else found.value

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from flows.config import LineConfig
 from flows.judging import Judged
 from flows.scoring import known_tasks
-from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Memory, Version
+from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Memory, Version, history
 from flows.wiring import House
-from registry.files import read_json, write_atomic, write_json
+from registry.files import write_atomic, write_json
 from registry.verdicts import Flip
 
 if TYPE_CHECKING:
@@ -67,12 +67,7 @@ def record_of(house: House, settings: LineConfig, parent: Version, line: str, ju
 
 def history_of(parent: Version, judged: Judged) -> tuple[list[Mapping[str, float]], list[Mapping[str, float]]]:
     """Row by row the accuracies, and the perplexities, up to a candidate; its own row once every rung was asked."""
-    from evaluation.report import rows_in
-
-    document = read_json(parent.folder / REPORT_FILE, parent.where)
-    both: list[list[Mapping[str, float]]] = [
-        list(rows_in(document, name, f"report of {parent.where}")) for name in ("matrix", "perplexities")
-    ]
+    both: list[list[Mapping[str, float]]] = [list(history(parent, name)) for name in ("matrix", "perplexities")]
     if judged.verdict.rung == "full":
         for rows, perplexity in zip(both, (False, True), strict=True):
             scores = judged.report.scores.items()

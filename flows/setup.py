@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.admission import TASK
-from flows.config import Config, load, parse
+from flows.config import Config, LineConfig, load, parse
 from registry.files import write_atomic
 from registry.records import FoldinError, Refusal
 
@@ -76,7 +76,7 @@ def add_expert(
 
     Raises:
         FoldinError: E_SOURCE for a folder or suite that is not there, E_LINE for a model that the line does not watch,
-            E_TASK for a task whose name intake would refuse, E_SUITE for a suite file of another name.
+            E_TASK for a task whose name intake would refuse, E_SUITE for a suite that it would.
     """
     _check_names(task, suite)
     watched = house.config.line(line).experts
@@ -98,8 +98,17 @@ def add_expert(
             raise FoldinError(
                 Refusal("E_SOURCE", "there is no such folder or file", str(path), remedy="correct the path")
             )
-    tags = {"foldin.task": task, "foldin.base_sha256": house.ledger.line(line).base_sha256}
+    _check_suite(house.config.line(line), line, task, folder, suite)
+    tags = {"foldin.task": task}  # whatever the folder was trained from, nobody here knows it
     return model, house.mlflow.register_expert(model, folder, extra, tags)
+
+
+def _check_suite(settings: LineConfig, line: str, task: str, folder: Path, suite: Path | None) -> None:
+    """What intake would quarantine the expert for is better refused before anything is uploaded."""
+    from evaluation.suites import load_suite
+
+    if task not in settings.suites:
+        load_suite(suite.parent if suite else folder, task=task, where=f"suite of {folder.name}")
 
 
 def _check_names(task: str, suite: Path | None) -> None:

@@ -96,14 +96,14 @@ def check_settings(settings: LineConfig, line: str) -> None:
     from evaluation.suites import load_suite
     from merging import MergeError, build
 
-    where = f"[lines.{line}]"
+    where = f"[lines.{line}] of foldin.toml"
     try:
         build(settings.method, settings.parameters)
     except MergeError as error:
         what, _, remedy = str(error).rpartition("; ")
         raise _unusable(f"[lines.{line}] method", what or remedy, remedy=remedy.rstrip("?") if what else "") from error
     try:
-        rules_from(settings.gate, f"[lines.{line}.gate]")
+        rules_from(settings.gate, f"[lines.{line}.gate] of foldin.toml")
         for table, folders in (("suites", settings.suites), ("guards", settings.guards)):
             for task, folder in folders.items():
                 suite = load_suite(

@@ -144,6 +144,13 @@ def verified(house: House, line: str, number: int) -> tuple[Path, str]:
     return folder, manifest
 
 
+def history(version: Version, name: str) -> list[dict[str, float]]:
+    """`matrix` or `perplexities` of a version's report: a row for it and each of its ancestors, task -> value."""
+    from evaluation.report import rows_in
+
+    return rows_in(read_json(version.folder / REPORT_FILE, version.where), name, f"report of {version.where}")
+
+
 def find_merge(house: House, line: str, number: int) -> Merge:
     """What the ledger says about a version.
 

@@ -73,6 +73,11 @@ class Runs:
         measured = {key: value for key, value in metrics.items() if not math.isnan(value)}
         self.show(run.info.run_id, params=params, metrics=measured, tags=tags, artifacts=[])
 
+    def artifact(self, run_id: str, name: str, folder: Path) -> Path:
+        """One of a run's files, where it lies on this machine, or brought into a folder."""
+        with self._link.reached():
+            return Path(self._link.client.download_artifacts(run_id, name, str(folder)))
+
     def keep_history(self, line: str, content: bytes) -> None:
         """Keep a line's history beside its merges; whoever dies in here leaves the last one whole.
 

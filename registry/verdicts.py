@@ -41,6 +41,7 @@ class Report:
     new_task: str = ""  # the task of the expert that was just folded; "" for the base
     expert: TaskScore | None = None  # that expert alone on its own task
     base: TaskScore | None = None  # the base on that task
+    best: Mapping[str, float] = field(default_factory=dict)  # task -> the best accuracy or score of any version so far
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,13 @@ def test_an_interval_that_speaks_of_another_number_is_not_taken():
     assert -0.25 < low < -0.12 < high < 0.0
 
 
+def test_the_canarys_interval_is_not_taken_for_the_full_rungs_when_both_changes_are_the_same():
+    canary = Check("max_canary_drop", "city", 0.12, 0.15, True, "on the canary", "canary", (0.0, 0.9))
+    full = Check("max_task_drop", "city", 0.12, 0.15, True, "on every row", "full", (0.055, 0.185))
+    record = sample()._replace(verdict=Verdict(Outcome.PASSED, (canary, full)))
+    assert one(record, "city").interval == (-0.185, -0.055)
+
+
 def test_a_perplexity_changes_by_its_ratio_and_less_is_better():
     change = one(sample(), "news-text")
     ratio = change.after.value / change.before.value

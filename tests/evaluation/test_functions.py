@@ -109,5 +109,5 @@ def test_a_function_that_takes_too_long_is_abandoned(judge, tmp_path):
     result = measured(suite, tmp_path, seconds=0.2)
     assert time.monotonic() - start < 10
     assert math.isnan(result.value)
-    assert result.error == "timed out after 0.2 s"
+    assert result.error == "timed out after 0.2 s (evaluation_seconds)"
     assert 0.2 <= result.seconds < 10

@@ -97,7 +97,10 @@ def test_a_drop_is_refused_with_its_numbers():
     )
     assert failed(verdict) == {"max_task_drop", "max_mean_drop"}
     # 356/500 and 325/500; P(Binomial(49, 1/2) >= 40) is about 5e-6.
-    told = "city: 0.712 -> 0.650, down 6.2 points; at most 2.0 allowed (p < 0.001, significant below 0.025)"
+    told = (
+        "city: 0.712 -> 0.650, down 6.2 points; at most 2.0 down allowed, and chance does not explain it "
+        "(p < 0.001, significant below 0.025)"
+    )
     assert told in verdict.reason
 
 
@@ -164,7 +167,10 @@ def test_many_small_losses_fail_together():
     after = {name: flipped(score, 7, 1) for name, score in before.items()}  # p = 9/256 each, above 0.05 / 9
     verdict = gate(Report("d", after), Report("c", before), Rules())
     assert failed(verdict) == {"max_mean_drop"}
-    assert "mean of 8 known tasks: down 2.0 points; at most 1.0 allowed (p < 0.001" in verdict.reason
+    assert (
+        "mean of 8 known tasks: down 2.0 points; at most 1.0 down allowed, and chance does not explain it (p < 0.001"
+        in verdict.reason
+    )
 
 
 def test_a_drop_of_exactly_the_limit_is_allowed():
@@ -185,7 +191,7 @@ def test_a_safety_task_may_not_get_worse_at_all():
     verdict = gate(candidate(old=worse), champion, Rules())
     (check,) = [check for check in verdict.checks if not check.passed]
     assert (check.rule, check.hard) == ("max_safety_drop", True)
-    assert "old (safety): 0.700 -> 0.697, down 0.3 points; at most 0.0 allowed, whatever chance explains" in check.text
+    assert "old (safety): 0.700 -> 0.697, down 0.3 points; at most 0.0 down allowed, chance or not" in check.text
     assert failed(gate(candidate(old=flipped(old, 1, 0)), champion, Rules())) == {"max_safety_drop"}  # unmarked there
 
 
@@ -232,7 +238,7 @@ def test_a_perplexity_is_held_to_its_own_limit():
     assert check.rule == "max_perplexity_rise"
     # mean of 0.08, 0.09, 0.10 over 100 examples: exp(0.0899) - 1
     assert check.value == pytest.approx(math.expm1(sum(0.08 + 0.01 * (n % 3) for n in range(100)) / 100))
-    assert "old: perplexity 5.75 -> 6.30, up 9.4%; at most 5.0% allowed (p < 0.001" in check.text
+    assert "old: perplexity 5.75 -> 6.30, up 9.4%; at most 5.0% up allowed, and chance does not explain" in check.text
     assert "max_mean_drop" not in {each.rule for each in verdict.checks}
     assert gate(candidate(old=worse), champion, Rules(max_perplexity_rise=0.1)).passed
 
@@ -296,7 +302,7 @@ SPOILT = {
     "above one": lambda score: replace(score, value=1.5),
     "below zero": lambda score: replace(score, value=-0.1),
     "infinite": lambda score: replace(score, value=math.inf),
-    "timed out": lambda score: replace(score, error="timed out after 60 s"),
+    "timed out": lambda score: replace(score, error="timed out after 60 s (evaluation_seconds)"),
     "another suite": lambda score: replace(score, suite_sha256="other"),
     "no suite": lambda score: replace(score, suite_sha256=""),
     "another task": lambda score: replace(score, task="other"),
@@ -417,7 +423,7 @@ HURT = {
     "no value": lambda score: replace(score, value=math.nan),
     "other weights": lambda score: replace(score, weights=tuple(5.0 for _ in score.points)),
     "weights of nothing": lambda score: replace(score, weights=tuple(0.0 for _ in score.points)),
-    "failed": lambda score: replace(score, error="timed out after 60 s"),
+    "failed": lambda score: replace(score, error="timed out after 60 s (evaluation_seconds)"),
     "another suite": lambda score: replace(score, suite_sha256="other"),
     "other rows": lambda score: replace(score, split="tune"),
     "another metric": lambda score: replace(score, metric="f1"),
@@ -559,3 +565,22 @@ def test_light_modules_stay_light(module):
     code = f"import {module}, sys; print(sorted({heavy} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
+
+
+def test_small_losses_may_not_add_up_whatever_chance_says():
+    champion = replace(CHAMPION, best={"old": 0.80})  # 0.70 now
+    (check,) = [each for each in gate(candidate(), champion, Rules()).checks if not each.passed]
+    assert (check.rule, check.hard, check.value) == ("max_total_drop", False, pytest.approx(0.11))
+    assert check.text == "old: 0.800 at best -> 0.690, down 11.0 points; at most 10.0 down allowed"
+    assert gate(candidate(), champion, Rules(max_total_drop=0.11)).passed
+    assert gate(candidate(), replace(CHAMPION, best={"old": 0.79}), Rules()).passed
+    assert gate(candidate(), replace(CHAMPION, best={"another": 1.0}), Rules()).passed
+    assert under_approval(gate(candidate(), champion, Rules()), "on-reject").outcome is Outcome.WAITING
+
+
+def test_what_chance_excuses_says_so():
+    few = flipped(CHAMPION.scores["old"], 12, 4)  # 8 of 300 worse: 2.7 points, p = 0.038
+    verdict = gate(candidate(old=few), CHAMPION, Rules())
+    (told,) = [each.text for each in verdict.checks if each.rule == "max_task_drop"]
+    assert verdict.passed
+    assert told.endswith("at most 2.0 down allowed, but chance explains it (p = 0.038, significant below 0.025)")

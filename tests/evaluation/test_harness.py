@@ -144,7 +144,7 @@ def test_a_base_that_is_no_language_model_is_not_measured(zoo, tmp_path):
 
 def test_too_little_time_is_not_measured(gpt2, tmp_path):
     result = score(gpt2.folder, gpt2.weights, suite_in(tmp_path / "suite"), seconds=0.001)
-    assert result.error == "timed out after 0.001 s"
+    assert result.error == "timed out after 0.001 s (evaluation_seconds)"
 
 
 def test_the_identity_covers_the_tasks_own_files_and_its_name(tmp_path):

@@ -206,7 +206,11 @@ def test_what_takes_longer_than_its_budget_is_not_measured(text_base, many, colo
     scores = score_all(text_base.folder, text_base.weights, suites, anchors=dict.fromkeys(suites, rows), seconds=1e-6)
     for task, result in scores.items():
         assert math.isnan(result.value)
-        assert (result.task, result.error, result.predictions) == (task, "timed out after 1e-06 s", ())
+        assert (result.task, result.error, result.predictions) == (
+            task,
+            "timed out after 1e-06 s (evaluation_seconds)",
+            (),
+        )
         assert result.safety == suites[task].safety
     done = []
     with pytest.MonkeyPatch.context() as patch:  # the time is over after the second batch
@@ -216,7 +220,7 @@ def test_what_takes_longer_than_its_budget_is_not_measured(text_base, many, colo
             text_base.folder, text_base.weights, many, anchors=rows, batch_size=10, seconds=2.0, progress=count
         )
     assert [first for first, _ in done] == [10, 20]
-    assert result.error == "timed out after 2 s"
+    assert result.error == "timed out after 2 s (evaluation_seconds)"
 
 
 def test_an_unmeasured_score_says_of_which_rows(text_base, colours):

@@ -253,7 +253,7 @@ def test_words_of_strangers_are_printed_as_they_are_and_obeyed_by_nothing(capsys
         "line": HOSTILE,
         "version": 2,
         "parents": [1],
-        "experts": [{"model": HOSTILE, "version": 1, "task": HOSTILE}],
+        "experts": [{"model": HOSTILE, "version": 1, "task": HOSTILE, "weight": 0.5}],
     }
     shown |= {**digests, "method": "opcm", "parameters": {HOSTILE: HOSTILE}, "verdict": "approved", "report": HOSTILE}
     shown |= {"decided": {"who": HOSTILE, "because": HOSTILE, "at": 0.0}, "search": HOSTILE}

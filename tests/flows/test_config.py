@@ -165,15 +165,20 @@ def test_a_file_that_cannot_be_read_is_said_so(tmp_path):
         ({"method": "average", "parameters": {"scale": 1}}, ["method 'average' has no parameter 'scale'"]),
         (
             {"gate": {"max_task_dropp": 0.1}},
-            ["[lines.demo.gate]: the key 'max_task_dropp' is unknown", "Did you mean 'max_task_drop'"],
+            ["[lines.demo.gate] of foldin.toml: the key 'max_task_dropp' is unknown", "Did you mean 'max_task_drop'"],
         ),
         (
             {"gate": {"min_gain": 5}},
-            ["[lines.demo.gate]: min_gain is not a number in range", "from -1 to 1", "Found 5", "Correct it in"],
+            [
+                "[lines.demo.gate] of foldin.toml: min_gain is not a number in range",
+                "from -1 to 1",
+                "Found 5",
+                "Correct it in",
+            ],
         ),
         (
             {"schedule": "every night"},
-            ["[lines.demo]: the schedule is not a cron", "such as '0 2 * * *'", "Found 'every night'"],
+            ["[lines.demo] of foldin.toml: the schedule is not a cron", "such as '0 2 * * *'", "Found 'every night'"],
         ),
         ({"schedule": "61 2 * * *"}, ["the schedule is not a cron", "Found '61 2 * * *'"]),
         ({"timezone": "Europe/Pariss"}, ["the timezone is unknown", "Found 'Europe/Pariss'", "Did you mean 'Europe/P"]),
@@ -233,7 +238,9 @@ def test_a_scheduler_needs_the_package_that_speaks_to_it(monkeypatch):
     starting.check_settings(settings, "tiny")
     monkeypatch.setattr(starting, "find_spec", lambda name: None)
     starting.check_settings(dataclasses.replace(settings, workers="2"), "tiny")
-    with pytest.raises(FoldinError, match=r"E_CONFIG \[lines.tiny\]: .*prefect-dask is not installed.*foldin\[dask\]"):
+    with pytest.raises(
+        FoldinError, match=r"E_CONFIG \[lines.tiny\] of foldin.toml: .*prefect-dask is not installed.*foldin\[dask\]"
+    ):
         starting.check_settings(settings, "tiny")
 
 
