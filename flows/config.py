@@ -45,6 +45,16 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class SigningConfig:
+    """`[lines.NAME.signing]`: who must have signed what. Files in PEM; needs foldin[signing]."""
+
+    key: str = ""  # private key that the line's versions are signed with
+    certificate: str = ""  # of that key, then those between it and the root; "" = the key signs for itself
+    versions: tuple[str, ...] = ()  # public keys or roots, one of which must have signed a version; () = none needs it
+    experts: tuple[str, ...] = ()  # the same for experts
+
+
+@dataclass(frozen=True)
 class LineConfig:
     """`[lines.NAME]`: one running model."""
 
@@ -59,6 +69,7 @@ class LineConfig:
     guards: Mapping[str, str] = field(default_factory=dict)  # name -> folder with suite.json: always measured as well
     gate: Mapping[str, Any] = field(default_factory=dict)  # the fields of evaluation.gate.Rules
     search: SearchConfig = field(default_factory=SearchConfig)  # for a fold that passes, or for a better one
+    signing: SigningConfig = field(default_factory=SigningConfig)  # whose signatures are asked for
     evaluation_seconds: float = 3600.0  # measuring one model on one suite may take; more counts as not measured
     approval: str = "never"  # which candidates wait for a person: never, on-reject (soft rejections) or always (all)
     notify: tuple[str, ...] = ()  # notification blocks of Prefect that hear what became of an expert, as TYPE/NAME
@@ -93,17 +104,10 @@ class Config:
         """
         if name in self.lines:
             return self.lines[name]
-        raise FoldinError(
-            Refusal(
-                code="E_LINE",
-                what="there is no such line",
-                where=f"line {name}",
-                expected=f"one of {', '.join(sorted(self.lines))}"
-                if self.lines
-                else f"a [lines.NAME] table in {self.folder / self.file}",
-                remedy=f"correct the name, or start it with `foldin init {name} --base DIR`",
-            )
-        )
+        none = f"a [lines.NAME] table in {self.folder / self.file}"
+        expected = f"one of {', '.join(sorted(self.lines))}" if self.lines else none
+        remedy = f"correct the name, or start it with `foldin init {name} --base DIR`"
+        raise FoldinError(Refusal("E_LINE", "there is no such line", f"line {name}", expected=expected, remedy=remedy))
 
     def path(self, text: str) -> Path:
         """A path of the file, made absolute."""
@@ -190,7 +194,16 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
     both = sorted(suites.keys() & guards.keys())
     if both:
         raise refused(path, f"{where} names a task in suites and guards", "one of the two", repr(both[0]))
-    return replace(line, suites=suites, guards=guards)
+    return replace(line, suites=suites, guards=guards, signing=_signing(path, f"[lines.{name}.signing]", line.signing))
+
+
+def _signing(path: Path, where: str, found: SigningConfig) -> SigningConfig:
+    for key, needed in (("certificate", "key"), ("key", "versions")):
+        if getattr(found, key) and not getattr(found, needed):
+            raise refused(path, f"{where} has {key} and no {needed}", f"{needed} as well")
+    key, certificate = (str(_absolute(path, each)) if each else "" for each in (found.key, found.certificate))
+    versions, experts = (tuple(str(_absolute(path, each)) for each in some) for some in (found.versions, found.experts))
+    return SigningConfig(key, certificate, versions, experts)
 
 
 def _check_search(path: Path, where: str, search: SearchConfig) -> None:

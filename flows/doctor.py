@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 from collections.abc import Iterator
 
+from flows.signing import require_signature
 from flows.starting import check_settings
 from flows.versions import open_version
 from flows.waiting import misplaced
@@ -90,6 +91,6 @@ def _check_versions_of(house: House, line: str, registered: set[int]) -> Iterato
         )
     for version in sorted(known & registered):
         try:
-            open_version(house, line, version)
+            require_signature(house, line, version, open_version(house, line, version).folder)
         except FoldinError as error:
             yield error.refusal

@@ -19,7 +19,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from registry.files import MANIFEST, shown, verify_manifest
+from registry.files import MANIFEST, SIGNATURE, shown, verify_manifest
 from registry.records import ExpertVersion, FoldinError, Refusal
 
 CHAMPION = "champion"
@@ -259,6 +259,20 @@ class MlflowStore:
                 model, f"models:/{made.model_id}", tags=dict(tags), model_id=made.model_id
             )
         return int(version.version)
+
+    def signature(self, line: str, version: int, folder: Path) -> Path | None:
+        """A version's signature as it is stored now, downloaded into a folder; None when there is none."""
+        with self._reached():
+            artifacts = get_artifact_repository(self._client.get_model_version_download_uri(line, str(version)))
+            if all(each.path != SIGNATURE for each in artifacts.list_artifacts()):
+                return None
+            return Path(artifacts.download_artifacts(SIGNATURE, str(folder)))
+
+    def attach(self, line: str, version: int, path: Path) -> None:
+        """Put one file beside those of a version; an older one of the same name is replaced."""
+        model_id = self.model_id(line, version)
+        with self._reached():
+            self._client.log_model_artifact(model_id, str(path))
 
     def model_id(self, line: str, version: int) -> str:
         """The id of the LoggedModel behind a version; "" when there is none."""
