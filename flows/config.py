@@ -17,6 +17,7 @@ SEARCHES = ("never", "on-reject", "always")
 TRIGGERS = ("on-register", "nightly", "manual")
 BLOCK = re.compile(r"[a-z0-9][a-z0-9-]*/[A-Za-z0-9][A-Za-z0-9_-]*")  # of Prefect: TYPE/NAME
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a line: names a registered model, a folder, deployments
+PLAIN = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
 LOCAL_DATABASE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:)(.+)")
 
 
@@ -28,6 +29,7 @@ class RegistryConfig:
     tracking_uri: str = ""  # MLflow; "" = SQLite in home
     artifact_root: str = ""  # where MLflow keeps files; "" = a folder in home, or the server's own choice
     ledger_url: str = ""  # SQLAlchemy URL; "" = SQLite in home
+    openlineage: str = ""  # where OpenLineage events about folds go: http(s)://SERVER, or a file; "" = nowhere
     lease_seconds: float = 60.0  # a worker that says nothing for so long may be taken over
 
 
@@ -156,9 +158,14 @@ def _registry(path: Path, value: object) -> RegistryConfig:
     home = _absolute(path, found.home)
     if home.exists() and not home.is_dir():
         raise refused(path, "[registry] home is not a folder", "a folder", str(home))
-    root = found.artifact_root
+    root, events = found.artifact_root, found.openlineage
+    if "://" in events and not events.startswith(("http://", "https://")):
+        raise refused(
+            path, "[registry] openlineage is neither a server nor a file", "http(s)://SERVER, or a path", events
+        )
     return replace(
         found,
+        openlineage=str(_absolute(path, events)) if events and "://" not in events else events,
         tracking_uri=_anchored(path, found.tracking_uri),
         ledger_url=_anchored(path, found.ledger_url),
         artifact_root=_absolute(path, root).as_uri() if root and "://" not in root else root,
@@ -167,8 +174,7 @@ def _registry(path: Path, value: object) -> RegistryConfig:
 
 def _line(path: Path, name: str, value: object) -> LineConfig:
     if not NAME.fullmatch(name):
-        expected = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
-        raise refused(path, "the line's name is not plain", expected, repr(name))
+        raise refused(path, "the line's name is not plain", PLAIN, repr(name))
     where = f"[lines.{name}]"
     if isinstance(value, dict) and type(value.get("workers")) is int:
         value = {**value, "workers": str(value["workers"])}  # a number may stand without quotes
@@ -179,9 +185,8 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
     for slug in line.notify:
         if not BLOCK.fullmatch(slug):
             raise refused(path, f"{where} notify names no block", "TYPE/NAME, such as slack-webhook/ops", repr(slug))
-    _check_seconds(path, f"{where} interval", line.interval, 0.1)
-    _check_seconds(path, f"{where} upload_patience", line.upload_patience, 0.0)
-    _check_seconds(path, f"{where} evaluation_seconds", line.evaluation_seconds, 0.1)
+    for key, least in {"interval": 0.1, "upload_patience": 0.0, "evaluation_seconds": 0.1}.items():
+        _check_seconds(path, f"{where} {key}", getattr(line, key), least)
     _check_experts(path, f"{where} experts", name, line.experts)
     _check_search(path, f"[lines.{name}.search]", line.search)
     suites, guards = (
@@ -189,8 +194,7 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
     )
     for guard in guards:
         if not NAME.fullmatch(guard):
-            expected = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
-            raise refused(path, f"{where} names a guard that is not plain", expected, repr(guard))
+            raise refused(path, f"{where} names a guard that is not plain", PLAIN, repr(guard))
     both = sorted(suites.keys() & guards.keys())
     if both:
         raise refused(path, f"{where} names a task in suites and guards", "one of the two", repr(both[0]))

@@ -275,3 +275,14 @@ def test_a_line_that_asks_for_signatures_says_when_the_package_is_missing(tmp_pa
     assert "E_CONFIG [lines.demo.signing] experts: it asks for signatures" in text
     assert "Install foldin[signing]" in text
     check_signing(settings(), "demo")
+
+
+def test_events_go_to_a_server_or_to_a_file_beside_the_configuration(tmp_path):
+    def events(target):
+        (tmp_path / "foldin.toml").write_text(f'[registry]\nopenlineage = "{target}"\n')
+        return load(tmp_path / "foldin.toml").registry.openlineage
+
+    assert events("") == ""
+    assert events("events.jsonl") == str(tmp_path / "events.jsonl")
+    assert events("https://ann:word@catalogue:5000/") == "https://ann:word@catalogue:5000/"
+    assert "neither a server nor a file" in said(lambda: events("s3://bucket/events"))
