@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flows.config import LineConfig
 from flows.fitting import Fitted, fit, retrain
+from flows.signing import accepted_of, check_expert
 from flows.versions import Version
 from flows.wiring import House
 from registry import intake
@@ -58,6 +59,7 @@ def admit(
     own = None
     if task in settings.suites:
         own = suite_of(settings, task, house.experts, f"suite of task {task} in [lines.{expert.line}.suites]")
+    accepts = accepted_of(settings, expert.line, "experts")
     try:
         refusal = _check_tags(base, found, task, where) or _check_guards(settings, task, where)
         if refusal:
@@ -65,6 +67,9 @@ def admit(
         files = intake.admit(house.mlflow.fetch(found), house.experts, where)
         if isinstance(files, Refusal):
             raise FoldinError(files)
+        refusal = check_expert(accepts, files, where)
+        if refusal:
+            return refusal
         admitted = _read(base, (expert.model, expert.version), task, files, own, where)
         return admitted if isinstance(admitted, Refusal) else replace(admitted, weight=declared_weight(found))
     except FoldinError as error:

@@ -13,6 +13,7 @@ from flows.config import LineConfig
 from flows.leasing import held
 from flows.notifying import notify, spared
 from flows.recording import registered
+from flows.signing import require_signature
 from flows.telling import say
 from flows.versions import find_merge, verified
 from flows.waiting import WAITS, expert_of, facts_of, mend, settled_before, state_of, undecided, waiting
@@ -111,7 +112,8 @@ def decide(at: House, line: str, version: int, decision: Decision, because: str,
     Raises:
         FoldinError: E_DECIDED when it was decided otherwise or needs no decision, E_SUPERSEDED when the champion was
             moved meanwhile, E_VERSION when there is no such version, E_DIGEST when an approved one is damaged,
-            E_BLOCKED when the alias champion stands where a person put it; the champion is then unchanged.
+            E_SIGNATURE when it lacks the signature that the line asks for, E_BLOCKED when the alias champion stands
+            where a person put it; the champion is then unchanged.
     """
     settings = at.config.line(line)
     with held(at, line, told=say) as lease:
@@ -140,7 +142,7 @@ def _take(at: House, lease: Lease, version: int, decision: Decision, because: st
         raise FoldinError(Refusal("E_BLOCKED", what, f"line {line}", remedy=remedy))
     merge = undecided(at, line, version)
     if decision is Decision.APPROVED:
-        verified(at, line, version)
+        require_signature(at, line, version, verified(at, line, version)[0])
     move = at.ledger.decide(lease, merge, decision, because, who)
     if move.target is not None:
         follow(at, lease, move)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+from flows.signing import require_signature
 from flows.versions import open_version
 from flows.wiring import House
 from registry.files import MANIFEST, read_json
@@ -24,6 +25,7 @@ def check_versions_of(house: House, line: str, registered: set[int]) -> Iterator
     for version in sorted(known.keys() & registered):
         try:
             folder = open_version(house, line, version).folder
+            require_signature(house, line, version, folder)
         except FoldinError as error:
             yield error.refusal
             continue

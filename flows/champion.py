@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from flows.signing import require_signature
 from flows.versions import find_merge, verified
 from flows.wiring import House
 from registry.lineage import open_moves, open_origins
@@ -10,7 +11,7 @@ from registry.records import Event, FoldinError, Lease, Refusal
 Told = Callable[[str], None]
 
 # Why a version may not be champion. Anything else (a server that is away, a full disk) says nothing about it.
-UNFIT = frozenset({"E_VERSION", "E_GATE", "E_DIGEST", "E_SOURCE", "E_FILETYPE", "E_UNREACHABLE"})
+UNFIT = frozenset({"E_VERSION", "E_GATE", "E_DIGEST", "E_SIGNATURE", "E_SOURCE", "E_FILETYPE", "E_UNREACHABLE"})
 
 
 def follow(house: House, lease: Lease, move: Event) -> None:
@@ -39,8 +40,8 @@ def roll_back(house: House, lease: Lease, target: int, because: str, who: str) -
     """Make another version the champion, verified again first.
 
     Raises:
-        FoldinError: E_VERSION for an unknown version, E_GATE for one that did not pass, E_DIGEST for a damaged one;
-            the champion is then unchanged.
+        FoldinError: E_VERSION for an unknown version, E_GATE for one that did not pass, E_DIGEST for a damaged one,
+            E_SIGNATURE for one without the signature that the line asks for; the champion is then unchanged.
     """
     check_target(house, lease.line, target)
     move = house.ledger.move(lease, "rollback", target, because, who)
@@ -50,7 +51,7 @@ def roll_back(house: House, lease: Lease, target: int, because: str, who: str) -
 
 
 def check_target(house: House, line: str, version: int) -> None:
-    """Nothing, when a version may be champion: foldin registered it, its gate or a person said yes, and it is whole."""
+    """Nothing, when a version may be champion: registered by foldin, passed or approved, whole, and signed as asked."""
     merge = find_merge(house, line, version)
     if not merge.may_serve:
         never, undecided = "the version did not pass its gate", "no person has approved the version"
@@ -63,7 +64,7 @@ def check_target(house: House, line: str, version: int) -> None:
                 remedy=f"choose a version that `foldin log {line}` shows as passed or approved",
             )
         )
-    verified(house, line, version)
+    require_signature(house, line, version, verified(house, line, version)[0])
 
 
 def reconcile(house: House, lease: Lease, told: Told) -> bool:

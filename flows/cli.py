@@ -165,6 +165,19 @@ def doctor(options: dict[str, Any], rebuild: bool, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("line")
+@click.pass_obj
+def sign(options: dict[str, Any], line: str) -> None:
+    """Sign the versions of LINE that have no good signature, each verified first."""
+    house = house_of(options)
+    from flows.signing import sign_line
+
+    signed = sign_line(house, line)
+    click.echo("\n".join(f"{line} v{version}" for version in signed))
+    say(f"{len(signed)} version{'s' * (len(signed) != 1)} signed.")
+
+
+@cli.command()
 @click.option("--prefect-port", default=4200, show_default=True)
 @click.option("--mlflow-port", default=5000, show_default=True)
 @click.pass_obj

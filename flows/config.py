@@ -17,6 +17,7 @@ SEARCHES = ("never", "on-reject", "always")
 TRIGGERS = ("on-register", "nightly", "manual")
 BLOCK = re.compile(r"[a-z0-9][a-z0-9-]*/[A-Za-z0-9][A-Za-z0-9_-]*")  # of Prefect: TYPE/NAME
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a line: names a registered model, a folder, deployments
+PLAIN = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
 LOCAL_DATABASE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:)(.+)")
 
 
@@ -28,6 +29,7 @@ class RegistryConfig:
     tracking_uri: str = ""  # MLflow; "" = SQLite in home
     artifact_root: str = ""  # where MLflow keeps files; "" = a folder in home, or the server's own choice
     ledger_url: str = ""  # SQLAlchemy URL; "" = SQLite in home
+    openlineage: str = ""  # where OpenLineage events about folds go: http(s)://SERVER, or a file; "" = nowhere
     lease_seconds: float = 60.0  # a worker that says nothing for so long may be taken over
 
 
@@ -45,6 +47,16 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class SigningConfig:
+    """`[lines.NAME.signing]`: who must have signed what. Files in PEM; needs foldin[signing]."""
+
+    key: str = ""  # private key that the line's versions are signed with
+    certificate: str = ""  # of that key, then those between it and the root; "" = the key signs for itself
+    versions: tuple[str, ...] = ()  # public keys or roots, one of which must have signed a version; () = none needs it
+    experts: tuple[str, ...] = ()  # the same for experts
+
+
+@dataclass(frozen=True)
 class LineConfig:
     """`[lines.NAME]`: one running model."""
 
@@ -59,6 +71,7 @@ class LineConfig:
     guards: Mapping[str, str] = field(default_factory=dict)  # name -> folder with suite.json: always measured as well
     gate: Mapping[str, Any] = field(default_factory=dict)  # the fields of evaluation.gate.Rules
     search: SearchConfig = field(default_factory=SearchConfig)  # for a fold that passes, or for a better one
+    signing: SigningConfig = field(default_factory=SigningConfig)  # whose signatures are asked for
     evaluation_seconds: float = 3600.0  # measuring one model on one suite may take; more counts as not measured
     approval: str = "never"  # which candidates wait for a person: never, on-reject (soft rejections) or always (all)
     notify: tuple[str, ...] = ()  # notification blocks of Prefect that hear what became of an expert, as TYPE/NAME
@@ -93,17 +106,10 @@ class Config:
         """
         if name in self.lines:
             return self.lines[name]
-        raise FoldinError(
-            Refusal(
-                code="E_LINE",
-                what="there is no such line",
-                where=f"line {name}",
-                expected=f"one of {', '.join(sorted(self.lines))}"
-                if self.lines
-                else f"a [lines.NAME] table in {self.folder / self.file}",
-                remedy=f"correct the name, or start it with `foldin init {name} --base DIR`",
-            )
-        )
+        none = f"a [lines.NAME] table in {self.folder / self.file}"
+        expected = f"one of {', '.join(sorted(self.lines))}" if self.lines else none
+        remedy = f"correct the name, or start it with `foldin init {name} --base DIR`"
+        raise FoldinError(Refusal("E_LINE", "there is no such line", f"line {name}", expected=expected, remedy=remedy))
 
     def path(self, text: str) -> Path:
         """A path of the file, made absolute."""
@@ -152,9 +158,14 @@ def _registry(path: Path, value: object) -> RegistryConfig:
     home = _absolute(path, found.home)
     if home.exists() and not home.is_dir():
         raise refused(path, "[registry] home is not a folder", "a folder", str(home))
-    root = found.artifact_root
+    root, events = found.artifact_root, found.openlineage
+    if "://" in events and not events.startswith(("http://", "https://")):
+        raise refused(
+            path, "[registry] openlineage is neither a server nor a file", "http(s)://SERVER, or a path", events
+        )
     return replace(
         found,
+        openlineage=str(_absolute(path, events)) if events and "://" not in events else events,
         tracking_uri=_anchored(path, found.tracking_uri),
         ledger_url=_anchored(path, found.ledger_url),
         artifact_root=_absolute(path, root).as_uri() if root and "://" not in root else root,
@@ -163,8 +174,7 @@ def _registry(path: Path, value: object) -> RegistryConfig:
 
 def _line(path: Path, name: str, value: object) -> LineConfig:
     if not NAME.fullmatch(name):
-        expected = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
-        raise refused(path, "the line's name is not plain", expected, repr(name))
+        raise refused(path, "the line's name is not plain", PLAIN, repr(name))
     where = f"[lines.{name}]"
     if isinstance(value, dict) and type(value.get("workers")) is int:
         value = {**value, "workers": str(value["workers"])}  # a number may stand without quotes
@@ -175,9 +185,8 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
     for slug in line.notify:
         if not BLOCK.fullmatch(slug):
             raise refused(path, f"{where} notify names no block", "TYPE/NAME, such as slack-webhook/ops", repr(slug))
-    _check_seconds(path, f"{where} interval", line.interval, 0.1)
-    _check_seconds(path, f"{where} upload_patience", line.upload_patience, 0.0)
-    _check_seconds(path, f"{where} evaluation_seconds", line.evaluation_seconds, 0.1)
+    for key, least in {"interval": 0.1, "upload_patience": 0.0, "evaluation_seconds": 0.1}.items():
+        _check_seconds(path, f"{where} {key}", getattr(line, key), least)
     _check_experts(path, f"{where} experts", name, line.experts)
     _check_search(path, f"[lines.{name}.search]", line.search)
     suites, guards = (
@@ -185,12 +194,20 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
     )
     for guard in guards:
         if not NAME.fullmatch(guard):
-            expected = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
-            raise refused(path, f"{where} names a guard that is not plain", expected, repr(guard))
+            raise refused(path, f"{where} names a guard that is not plain", PLAIN, repr(guard))
     both = sorted(suites.keys() & guards.keys())
     if both:
         raise refused(path, f"{where} names a task in suites and guards", "one of the two", repr(both[0]))
-    return replace(line, suites=suites, guards=guards)
+    return replace(line, suites=suites, guards=guards, signing=_signing(path, f"[lines.{name}.signing]", line.signing))
+
+
+def _signing(path: Path, where: str, found: SigningConfig) -> SigningConfig:
+    for key, needed in (("certificate", "key"), ("key", "versions")):
+        if getattr(found, key) and not getattr(found, needed):
+            raise refused(path, f"{where} has {key} and no {needed}", f"{needed} as well")
+    key, certificate = (str(_absolute(path, each)) if each else "" for each in (found.key, found.certificate))
+    versions, experts = (tuple(str(_absolute(path, each)) for each in some) for some in (found.versions, found.experts))
+    return SigningConfig(key, certificate, versions, experts)
 
 
 def _check_search(path: Path, where: str, search: SearchConfig) -> None:

@@ -18,7 +18,7 @@ from flows.pool import devices_of
 from flows.recipe import Recipe
 from flows.second_pass import read_tensor
 from flows.versions import HEADS, STATE_FILE, STATE_FOLDER, STATE_FORMAT, Folded, Memory, Version
-from registry.files import hash_tree, read_json, write_json
+from registry.files import SIGNATURE, hash_tree, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,7 +194,7 @@ def _folded(plan: Plan, expert: Admitted, measures: "Mapping[str, Measure]", wei
 def _copy_companions(base: Path, parent: Path, folder: Path) -> None:
     """What transformers needs beside the weights, from the base; the heads so far, from the parent."""
     for path in sorted(base.iterdir()):
-        if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json")):
+        if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", SIGNATURE)):
             shutil.copyfile(path, folder / path.name)
     if (parent / HEADS).exists():
         shutil.copytree(parent / HEADS, folder / HEADS, dirs_exist_ok=True)

@@ -17,6 +17,7 @@ from flows.admission import Admitted, admit, declared_task
 from flows.approval import hold
 from flows.champion import follow, reconcile
 from flows.config import LineConfig
+from flows.emitting import emitted
 from flows.faults import is_out_of_memory, refused_by_system
 from flows.folding import Candidate, fold
 from flows.judging import POLICY, Judged, climb, contest
@@ -111,6 +112,12 @@ def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -
         return settle(at, lease, expert, ExpertState.QUARANTINED, "Q_CRASH", reason)
     work = work_on(at, settings, lease, expert, found)
     say(f"{expert.name} (task {expert.task or '?'}): folding into {lease.line} v{work.parent.number}")
+    return emitted(work, fold_admitted)
+
+
+def fold_admitted(work: Work) -> dict[str, Any]:
+    """One expert into the champion, if it may be: folded, judged, and what came of it."""
+    at, settings, lease, expert = work.house, work.settings, work.lease, work.expert
     admitted = admit_expert(work)
     if isinstance(admitted, Refusal):
         return settle(at, lease, expert, ExpertState.QUARANTINED, admitted.code, str(admitted))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.folding import Candidate
+from flows.signing import sign_version
 from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Memory, Version
 from flows.wiring import CODE_FORMAT, House
 from registry.files import MANIFEST, read_json, sha256_file, verify_manifest, write_manifest
@@ -111,7 +112,8 @@ def register(
     What is found may have been made under another numerics profile, so it is judged by its own manifest.
 
     Raises:
-        FoldinError: E_DIGEST when the version that carries this merge key is damaged or another merge's.
+        FoldinError: E_DIGEST when the version that carries this merge key is damaged or another merge's; as
+            `sign_version`.
     """
     memory = Memory.read(folder)
     tags = {
@@ -135,4 +137,5 @@ def register(
     if wrong:
         remedy = f"delete the tag foldin.merge_key of {line} v{version}; foldin then registers the merge again"
         raise FoldinError(replace(wrong[0], where=f"{line} v{version}", remedy=remedy))
+    sign_version(house, line, version, stored)  # before anything can make it champion
     return version, sha256_file(stored / MANIFEST)

@@ -14,11 +14,12 @@ from flows.config import LineConfig
 from flows.leasing import held
 from flows.plan import numerics_profile
 from flows.publishing import register, write_version_manifest
+from flows.signing import check_signing
 from flows.telling import say
 from flows.versions import PAGE_FILE, REPORT_FILE, STATE_FILE, STATE_FORMAT, Memory
 from flows.wiring import House, merge_key
 from registry import intake
-from registry.files import write_atomic, write_json
+from registry.files import SIGNATURE, write_atomic, write_json
 from registry.records import FoldinError, Merge, Refusal
 from registry.verdicts import Outcome, Report, Verdict
 
@@ -116,6 +117,7 @@ def check_settings(settings: LineConfig, line: str) -> None:
             _check_fallback(settings.method, method, f"[lines.{line}.search]")
     except FoldinError as error:
         raise FoldinError(replace(error.refusal, remedy=error.refusal.remedy or CORRECT)) from error
+    check_signing(settings, line)
     _check_schedule(settings, where)
     _check_device(settings.device, where)
     _check_workers(settings.workers, where)
@@ -239,7 +241,7 @@ def _build(folder: Path, copy: intake.Admitted, settings: LineConfig, digest: st
     from evaluation.report import Record, as_json
 
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(copy.folder, folder)
+    shutil.copytree(copy.folder, folder, ignore=shutil.ignore_patterns(SIGNATURE))
     profile = numerics_profile(settings.device)
     memory = Memory(settings.method, dict(settings.parameters), digest, digest, profile=profile)
     write_json(folder / STATE_FILE, {"format": STATE_FORMAT, **asdict(memory)})

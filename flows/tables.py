@@ -23,7 +23,7 @@ def read_table(path: Path, where: str, kind: type[T], value: object) -> T:
     table, hints = as_table(path, where, value), get_type_hints(kind)
     check_keys(path, where, table, set(hints))
     for key, example in EXAMPLES.items():
-        if key in hints and key not in table:
+        if key in hints and key not in table and not hasattr(kind, key):  # a field with a default may be left out
             raise refused(path, f"[{where}] has no {key}", f"{key} = {example}", remedy=f"add it to {path.name}")
     values = {key: _typed(path, f"[{where}] {key}", value, hints[key]) for key, value in table.items()}
     return kind(**values)

@@ -127,6 +127,16 @@ def using_prefect(url: str, *, watched: bool) -> Iterator[None]:
         os.environ.pop("PREFECT_API_URL", None)
 
 
+def signing_passphrase() -> bytes:
+    """What opens an encrypted signing key; b"" when the environment has none. Not to be shown or logged."""
+    return os.environb.get(b"FOLDIN_SIGNING_PASSPHRASE", b"")
+
+
+def openlineage_key() -> str:
+    """What an OpenLineage server knows this deployment by; "" when the environment has none. Not to be shown."""
+    return os.environ.get("OPENLINEAGE_API_KEY", "")
+
+
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment for a child, with some settings over it."""
     return {**os.environ, **extra}

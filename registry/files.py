@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 from registry.records import SYSTEM_ERRORS, FoldinError, Refusal
 
 MANIFEST = "foldin/manifest.json"
+SIGNATURE = "model.sig"  # beside the files of a version or an expert; no manifest lists it, for it is made afterwards
+OUTSIDE = frozenset({MANIFEST, SIGNATURE})  # what a manifest does not list
 MAX_JSON = 64 * 2**20  # bytes; the largest shard index in the wild is about 10 MB
 MAX_BYTES = 2**40  # bytes that one copied folder may hold
 CHUNK = 2**20
@@ -239,7 +241,7 @@ def write_manifest(folder: Path, facts: Mapping[str, object], known: Mapping[str
 
     `known` as in `hash_tree`.
     """
-    files = {name: digest for name, digest in hash_tree(folder, known).items() if name != MANIFEST}
+    files = {name: digest for name, digest in hash_tree(folder, known).items() if name not in OUTSIDE}
     content = canonical_json({**facts, "files": files})
     write_atomic(folder / MANIFEST, content)
     return hashlib.sha256(content).hexdigest()
@@ -254,7 +256,7 @@ def verify_manifest(folder: Path) -> list[Refusal]:
         return [error.refusal]
     if not isinstance(listed, dict):
         return [Place(str(folder), MANIFEST).refuse("E_DIGEST", "the manifest lists no files").refusal]
-    found.pop(MANIFEST, None)
+    found = {name: digest for name, digest in found.items() if name not in OUTSIDE}
     names = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
     return [_differs(folder, name, listed.get(name), found.get(name)) for name in names]
 

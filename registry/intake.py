@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from registry.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
-from registry.files import MAX_BYTES, Place, open_regular, parse_json, shown, walk
+from registry.files import MAX_BYTES, SIGNATURE, Place, open_regular, parse_json, shown, walk
 from registry.headers import MAX_HEADER, RESAVE, read_folder, read_header
 from registry.records import FoldinError, Refusal
 from registry.store import copy_in
@@ -22,6 +22,7 @@ COPIED = (  # at the top of the folder, beside the weights
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "*.model", "chat_template.jinja", "modules.json", "sentence_*_config.json"),
     *("config_sentence_transformers.json", "suite.json", "README.md", "LICENSE*", "*.parquet"),
+    SIGNATURE,
 )
 FULL = ("config.json", "*.safetensors", "*.safetensors.index.json")
 ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)

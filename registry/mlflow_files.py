@@ -35,6 +35,14 @@ class Files:
         known = self._cache / "versions" / line / str(version)
         return known if known.is_dir() else self._behind(line, version, known)
 
+    def single(self, line: str, version: int, name: str, folder: Path) -> Path | None:
+        """One file of a version as it is stored now, downloaded into a folder; None when there is none."""
+        with self._link.reached():
+            artifacts = get_artifact_repository(self._link.client.get_model_version_download_uri(line, str(version)))
+            if all(each.path != name for each in artifacts.list_artifacts()):
+                return None
+            return Path(artifacts.download_artifacts(name, str(folder)))
+
     def upload(self, model: LoggedModel, folder: Path) -> None:
         """Every file, the manifest last: a version without one was never finished. Then all of it is read back."""
         files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())

@@ -8,6 +8,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from registry.files import SIGNATURE
 from registry.mlflow_files import Files
 from registry.mlflow_link import MERGE_KEY, Link, missing, quoted, short
 from registry.mlflow_runs import Runs
@@ -185,6 +186,16 @@ class MlflowStore:
                 model, f"models:/{made.model_id}", tags=dict(tags), model_id=made.model_id
             )
         return int(version.version)
+
+    def signature(self, line: str, version: int, folder: Path) -> Path | None:
+        """A version's signature as it is stored now, downloaded into a folder; None when there is none."""
+        return self._files.single(line, version, SIGNATURE, folder)
+
+    def attach(self, line: str, version: int, path: Path) -> None:
+        """Put one file beside those of a version; an older one of the same name is replaced."""
+        model_id = self.model_id(line, version)
+        with self._reached():
+            self._client.log_model_artifact(model_id, str(path))
 
     def model_id(self, line: str, version: int) -> str:
         """The id of the LoggedModel behind a version; "" when there is none."""

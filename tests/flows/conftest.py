@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
@@ -108,6 +110,19 @@ def verbs(capsys, prefect):
     yield of
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def write_key():
+    """A function that writes a private key in PEM, and its public half beside it, as path with the suffix .pub."""
+
+    def write(path):
+        key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
+        path.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+        public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+        path.with_suffix(".pub").write_bytes(public)
+
+    return write
 
 
 class Folded(NamedTuple):

@@ -9,7 +9,8 @@ import pytest
 
 from evaluation.suites import write_suite
 from flows import config, starting
-from flows.config import LineConfig, RegistryConfig, SearchConfig, load
+from flows.config import LineConfig, RegistryConfig, SearchConfig, SigningConfig, load
+from flows.signing import check_signing
 from registry.records import FoldinError
 
 LINE = '[lines.demo]\nbase = "base"\nexperts = ["demo-experts"]\n'
@@ -39,7 +40,7 @@ def settings(**changes):
     return LineConfig(**{"base": "base", "experts": ("demo-experts",), **changes})
 
 
-@pytest.mark.parametrize("kind", [RegistryConfig, LineConfig, SearchConfig])
+@pytest.mark.parametrize("kind", [RegistryConfig, LineConfig, SearchConfig, SigningConfig])
 def test_every_field_is_explained_on_its_line(kind):
     source = inspect.getsource(kind)
     explained = set(re.findall(r"^    (\w+): .+  # \S.{7,}$", source, flags=re.MULTILINE))
@@ -255,3 +256,40 @@ def test_workers_is_a_number_or_a_scheduler(workers):
     settings = LineConfig(base="base", experts=("experts",), workers=workers)
     with pytest.raises(FoldinError, match="workers is neither a number nor an address"):
         starting.check_settings(settings, "tiny")
+
+
+def test_the_files_of_a_table_signing_are_found_from_the_file_and_none_is_useless(tmp_path):
+    def line(rows):
+        toml = tmp_path / "foldin.toml"
+        toml.write_text(f'[lines.a]\nbase = "b"\nexperts = ["e"]\n[lines.a.signing]\n{rows}')
+        return load(toml).line("a")
+
+    found = line('key = "k.pem"\nversions = ["k.pub", "/r.crt"]').signing
+    assert found == SigningConfig(str(tmp_path / "k.pem"), "", (str(tmp_path / "k.pub"), "/r.crt"), ())
+    assert line("").signing == SigningConfig()
+    for rows, wrong in (
+        ('key = "k.pem"', "has key and no versions"),
+        ('versions = ["k"]\ncertificate = "k"', "has certificate and no key"),
+        ('experts = "k.pub"', "a list of texts"),
+        ('expert = ["k.pub"]', "Did you mean 'experts'"),
+    ):
+        assert wrong in said(lambda rows=rows: line(rows))
+
+
+def test_a_line_that_asks_for_signatures_says_when_the_package_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("flows.signing.find_spec", lambda name: None)
+    text = said(lambda: check_signing(settings(signing=SigningConfig(experts=(str(tmp_path / "k.pub"),))), "demo"))
+    assert "E_CONFIG [lines.demo.signing] experts: it asks for signatures" in text
+    assert "Install foldin[signing]" in text
+    check_signing(settings(), "demo")
+
+
+def test_events_go_to_a_server_or_to_a_file_beside_the_configuration(tmp_path):
+    def events(target):
+        (tmp_path / "foldin.toml").write_text(f'[registry]\nopenlineage = "{target}"\n')
+        return load(tmp_path / "foldin.toml").registry.openlineage
+
+    assert events("") == ""
+    assert events("events.jsonl") == str(tmp_path / "events.jsonl")
+    assert events("https://ann:word@catalogue:5000/") == "https://ann:word@catalogue:5000/"
+    assert "neither a server nor a file" in said(lambda: events("s3://bucket/events"))

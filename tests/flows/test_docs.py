@@ -9,7 +9,7 @@ import pytest
 
 from evaluation.gate import Rules
 from flows.cli import cli
-from flows.config import LineConfig, RegistryConfig, SearchConfig, load
+from flows.config import LineConfig, RegistryConfig, SearchConfig, SigningConfig, load
 from merging import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +64,7 @@ def test_every_method_has_its_paragraph():
         ("`[lines.NAME]`", LineConfig),
         ("`[lines.NAME.gate]`", Rules),
         ("`[lines.NAME.search]`", SearchConfig),
+        ("`[lines.NAME.signing]`", SigningConfig),
     ],
 )
 def test_every_setting_is_documented_and_nothing_else(heading, kind):
@@ -102,6 +103,8 @@ def test_one_place_per_concern():
         },
         "safetensors": {"registry/weights.py"},
         "boto3": set(),
+        "model_signing": {"registry/signing.py"},
+        "openlineage": {"flows/emitting.py"},
         "sqlalchemy": {f"registry/{name}.py" for name in ("database", "history", "leases", "ledger", "rows", "schema")},
         "alembic": {"registry/database.py"},
         "os.environ": {"flows/wiring.py"},

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 
+import mlflow
 import pytest
 
 pytestmark = pytest.mark.integration
@@ -42,9 +43,11 @@ def server(tmp_path_factory):
         process.terminate()
 
 
-def test_the_whole_loop_through_the_command_line(server, workshop, zoo, verbs):
+def test_the_whole_loop_through_the_command_line(server, workshop, zoo, verbs, write_key):
     toml = workshop / "foldin.toml"
-    toml.write_text(toml.read_text().replace("[registry]\n", f'[registry]\ntracking_uri = "{server}"\n'))
+    text = toml.read_text().replace("[registry]\n", f'[registry]\ntracking_uri = "{server}"\n')
+    toml.write_text(text + '[lines.tiny.signing]\nkey = "own.pem"\nversions = ["own.pub"]\n')
+    write_key(workshop / "own.pem")
     verb = verbs(toml)
     assert verb("init", "tiny")[:2] == (0, "")
     for number in (1, 2):
@@ -56,3 +59,7 @@ def test_the_whole_loop_through_the_command_line(server, workshop, zoo, verbs):
     assert verb("rollback", "tiny", "--because", "a test")[:2] == (0, "tiny: v3 -> v2\n")
     assert [expert["task"] for expert in json.loads(verb("show", "tiny", "--json")[1])["experts"]] == ["task-1"]
     assert verb("doctor")[0] == 0
+    mlflow.set_tracking_uri(server)
+    mlflow.artifacts.download_artifacts("models:/tiny/3", dst_path=str(workshop / "downloaded"))
+    command = [sys.executable, "-m", "model_signing", "verify", "key", "downloaded", "--public_key", "own.pub"]
+    subprocess.run([*command, "--signature", "downloaded/model.sig"], cwd=workshop, check=True, timeout=120)
