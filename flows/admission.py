@@ -85,7 +85,12 @@ def _check_guards(settings: LineConfig, task: str, where: str) -> Refusal | None
 
 
 # Not the expert's fault: it stays pending, and the run ends with the error. E_DIGEST is damage in foldin's own folders.
-TRANSIENT = frozenset({"E_MLFLOW", "E_LEDGER", "E_LOCKED", "E_DISK", "E_DIGEST", "E_FENCED", "E_ALIAS", "E_METHOD"})
+TRANSIENT = frozenset(
+    {
+        *("E_MLFLOW", "E_S3", "E_EXISTS", "E_LEDGER", "E_LOCKED", "E_DISK", "E_DIGEST"),
+        *("E_FENCED", "E_ALIAS", "E_METHOD"),
+    }
+)
 
 
 def declared_task(found: ExpertVersion) -> str:
