@@ -64,7 +64,7 @@ def admit(
         refusal = _check_tags(base, found, task, where) or _check_guards(settings, task, where)
         if refusal:
             return refusal
-        files = intake.admit(house.mlflow.fetch(found), house.experts, where)
+        files = intake.admit(house.mlflow.fetch(found), house.experts, where, keep=house.far)
         if isinstance(files, Refusal):
             raise FoldinError(files)
         refusal = check_expert(accepts, files, where)
@@ -90,7 +90,12 @@ def _check_guards(settings: LineConfig, task: str, where: str) -> Refusal | None
 
 
 # Not the expert's fault: it stays pending, and the run ends with the error. E_DIGEST is damage in foldin's own folders.
-TRANSIENT = frozenset({"E_MLFLOW", "E_LEDGER", "E_LOCKED", "E_DISK", "E_DIGEST", "E_FENCED", "E_ALIAS", "E_METHOD"})
+TRANSIENT = frozenset(
+    {
+        *("E_MLFLOW", "E_S3", "E_EXISTS", "E_LEDGER", "E_LOCKED", "E_DISK", "E_DIGEST"),
+        *("E_FENCED", "E_ALIAS", "E_METHOD"),
+    }
+)
 
 
 def declared_task(found: ExpertVersion) -> str:

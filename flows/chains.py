@@ -24,7 +24,7 @@ def check_versions_of(house: House, line: str, registered: set[int]) -> Iterator
         yield Refusal("E_VERSION", what, f"{line} v{version}", remedy=remedy)
     for version in sorted(known.keys() & registered):
         try:
-            folder = open_version(house, line, version).folder
+            folder = open_version(house, line, version, whole=True).folder
             require_signature(house, line, version, folder)
         except FoldinError as error:
             yield error.refusal

@@ -61,6 +61,7 @@ def check_line(house: House, line: str) -> Iterator[Refusal]:
         yield Refusal("E_LEASE", what, f"line {line}", found=holder, remedy=f"run `foldin watch {line}`; {remedy}")
     elif not holder:
         yield from _check_history(house, line)
+        yield from _check_uploads(house, line)
     yield from check_versions_of(house, line, registered)
 
 
@@ -89,6 +90,20 @@ def _check_candidate(house: House, line: str) -> Iterator[Refusal]:
             f"run `foldin watch {line}`; it mends it",
         )
         yield Refusal("E_ALIAS", what, f"line {line}", expected=belongs, found=stands, remedy=remedy)
+
+
+def _check_uploads(house: House, line: str) -> Iterator[Refusal]:
+    """While nobody works on the line, no upload to its store is open; what a killed run left costs money there."""
+    root = house.config.registry.artifact_root
+    if not root.startswith("s3://"):
+        return
+    from registry.far import store
+
+    for left in store().unfinished(root):
+        what, remedy = "a multipart upload was begun and never finished", "end it with `foldin gc --yes`"
+        yield Refusal(
+            "E_UPLOAD", what, f"line {line}", left.uri.rpartition("/")[2], found=left.upload_id[:12], remedy=remedy
+        )
 
 
 def _check_history(house: House, line: str) -> Iterator[Refusal]:

@@ -11,6 +11,7 @@ from flows.folding import Candidate
 from flows.signing import sign_version
 from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Memory, Version
 from flows.wiring import CODE_FORMAT, House
+from registry.far import write_digests
 from registry.files import MANIFEST, read_json, sha256_file, verify_manifest, write_manifest
 from registry.records import Expert, FoldinError, Refusal
 from registry.verdicts import Try, Verdict
@@ -81,9 +82,13 @@ def write_version_manifest(
     parent: Version | None,
     verdict: Verdict,
     known: Mapping[str, str],  # as in `hash_tree`
+    *,
+    far: bool,  # the version's weights will lie in S3
 ) -> str:
     """Write the manifest, after everything else; its digest. Nothing in it depends on when or where it was made."""
     memory = Memory.read(folder)
+    if far:
+        write_digests(folder)
     return write_manifest(
         folder,
         {

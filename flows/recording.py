@@ -34,6 +34,6 @@ def recorded(work: Work, admitted: Admitted, judged: Judged) -> tuple[Merge, "Re
 def registered(work: Work, merge: Merge, candidate: Candidate, record: "Record") -> Merge:
     """The merge with the version that its candidate was registered as, manifest last."""
     at, line, key = work.house, work.lease.line, merge.merge_key
-    write_version_manifest(candidate.folder, line, key, work.parent, merge.verdict, candidate.files)
+    write_version_manifest(candidate.folder, line, key, work.parent, merge.verdict, candidate.files, far=bool(at.far))
     version, manifest = register(at, line, key, merge.run_id, candidate.folder, metrics_of(record), work.expert.name)
     return replace(merge, version=version, manifest_sha256=manifest)

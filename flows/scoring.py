@@ -199,7 +199,7 @@ def _copy_of(house: House, owner: Folded) -> Path:
         return path
     where = f"expert {owner.model} v{owner.version}"
     found = house.mlflow.expert(owner.model, owner.version)
-    copy = intake.admit(house.mlflow.fetch(found), house.experts, where) if found else None
+    copy = intake.admit(house.mlflow.fetch(found), house.experts, where, keep=house.far) if found else None
     if isinstance(copy, Refusal):
         raise FoldinError(copy)
     if copy is None or copy.tree_sha256 != owner.tree_sha256:

@@ -49,7 +49,8 @@ def expect_slots(slots: "Checkpoint", name: str) -> None:
 
 def read_tensor(plan: Plan, slots: "Checkpoint | None", stats: "Stats", name: str, device: str) -> Read:
     """One serving tensor with its digest."""
-    from registry.weights import raw_bytes, start_digest
+    from registry.headers import start_digest
+    from registry.weights import raw_bytes
 
     kept, ending = plan.kinds.same.get(name, name), list["Reading"]()
     digest, pieces = start_digest(plan.base.stored[name].spec), list["Tensor"]()
@@ -111,7 +112,7 @@ class Reader:
     """Makes a serving tensor out of the pieces of its state, while they are at hand."""
 
     def __init__(self, plan: Plan, name: str, stats: "Stats") -> None:
-        from registry.weights import start_digest
+        from registry.headers import start_digest
 
         self._plan, self._name, self._stats = plan, name, stats
         self._digest = start_digest(plan.base.stored[name].spec)

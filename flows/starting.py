@@ -49,7 +49,7 @@ def start(house: House, line: str, settings: LineConfig) -> int:
         house.ledger.record_verdict(lease, merge)
         scratch = house.work(line) / key
         folder = _build(scratch / "candidate", copy, settings, digest)
-        write_version_manifest(folder, line, key, None, verdict, {})
+        write_version_manifest(folder, line, key, None, verdict, {}, far=bool(house.far))
         run = house.mlflow.runs.run_for(line, key, f"{line}: base", {"foldin.verdict": "passed"})
         house.mlflow.runs.show(run, params={"line": line, "base": digest}, metrics={}, tags={}, artifacts=[])
         version, manifest = register(house, line, key, run, folder, {}, "")

@@ -118,18 +118,21 @@ def head_of(folder: Path, task: str) -> "Checkpoint | None":
     return Checkpoint.open_file(path, f"head of task {task}") if path.exists() else None
 
 
-def open_version(house: House, line: str, number: int) -> Version:
-    """A version of a line, every file compared with the manifest that the ledger recorded.
+def open_version(house: House, line: str, number: int, *, whole: bool = False) -> Version:
+    """A version of a line, every file compared with the manifest that the ledger recorded; `whole` as in `verified`.
 
     Raises:
         FoldinError: as `verified`, and as `Memory.read` for a version that another foldin made.
     """
-    folder, manifest = verified(house, line, number)
+    folder, manifest = verified(house, line, number, whole=whole)
     return Version(number, folder, manifest, Memory.read(folder, f"{line} v{number}"))
 
 
-def verified(house: House, line: str, number: int) -> tuple[Path, str]:
+def verified(house: House, line: str, number: int, *, whole: bool = True) -> tuple[Path, str]:
     """The folder of a version and its manifest's digest, every file compared with what the ledger recorded.
+
+    Weights that lie in S3 are read for that only when asked for as a `whole`; else each tensor is compared when it is
+    read.
 
     Raises:
         FoldinError: E_DIGEST naming the file that differs, or E_VERSION when foldin never registered it.
@@ -137,6 +140,8 @@ def verified(house: House, line: str, number: int) -> tuple[Path, str]:
     merge = find_merge(house, line, number)
     folder = house.mlflow.folder(line, number)
     where = f"{line} v{number}"
+    if whole:
+        house.mlflow.look_again(folder)
     manifest = sha256_file(folder / MANIFEST) if (folder / MANIFEST).exists() else ""
     wrong = verify_manifest(folder) if manifest == merge.manifest_sha256 else [_other_manifest(where, merge, manifest)]
     if wrong:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from registry.ledger import Ledger
     from registry.mlflow_store import MlflowStore
 
+STORE_URLS = ("MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 CODE_FORMAT = 5  # part of every merge key; raised when the same inputs would give other bytes
 
 
@@ -37,6 +38,12 @@ class House:
     def scores(self) -> Path:
         """What was measured once: (weights, suite) -> score."""
         return self.config.home / "scores"
+
+    @property
+    def far(self) -> str:
+        """Where the store keeps copies of experts whose weights are in S3; "" where MLflow's files are elsewhere."""
+        root = self.config.registry.artifact_root
+        return f"{root.rstrip('/')}/foldin-experts" if root.startswith("s3://") else ""
 
     def work(self, line: str) -> Path:
         """The scratch folder of a line; only the holder of its lease may touch it."""
@@ -99,6 +106,9 @@ def prepare_environment(config: Config, *, verbose: bool = False) -> None:
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
+    for one, other in (STORE_URLS, STORE_URLS[::-1]):  # MLflow and boto3 name the same store differently
+        if one in os.environ:
+            os.environ.setdefault(other, os.environ[one])
 
 
 def prefect_api_url() -> str:

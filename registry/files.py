@@ -107,8 +107,11 @@ def sha256_file(path: Path) -> str:
 def hash_tree(folder: Path, known: Mapping[str, str] = NOTHING) -> dict[str, str]:
     """Relative posix path -> SHA-256 of every file below `folder`, sorted; anything but regular files is refused.
 
-    The digests in `known` are believed, and those files not read: for what this process wrote and hashed itself.
+    The digests in `known` are believed, and those files not read: for what this process wrote and hashed itself. Of
+    what is far the digests are those that it had when it was read whole, under the etag that it still has.
     """
+    from registry.far import far_files
+
     digests = {}
     for name, descriptor in walk(folder):
         if name in known:
@@ -116,6 +119,7 @@ def hash_tree(folder: Path, known: Mapping[str, str] = NOTHING) -> dict[str, str
             continue
         with open_regular(os.path.basename(name), dir_fd=descriptor) as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    digests |= {name: far.sha256 for name, far in far_files(folder).items()}
     return dict(sorted(digests.items()))
 
 
@@ -188,7 +192,7 @@ def sweep(folder: Path, age: float = 0.0) -> list[str]:
         age: seconds since the last change, so that what others write there now stays; 0 while nobody writes there.
     """
     latest = time.time() - age
-    orphans = sorted(path for path in folder.glob(".*.tmp") if path.lstat().st_mtime <= latest)
+    orphans = sorted(path for path in folder.glob(".*.tmp*") if path.lstat().st_mtime <= latest)
     for orphan in orphans:
         shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
     return [orphan.name for orphan in orphans]

@@ -1,5 +1,6 @@
 """What a safetensors checkpoint says of itself, checked before anything is allocated: files, index, headers."""
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -9,12 +10,15 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from registry.far import Reader, far_files
 from registry.files import Place, open_regular, parse_json, read_json, shown
 from registry.records import SYSTEM_ERRORS, TensorSpec
+from registry.stored import Object
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_HEADER = 16 * 2**20  # bytes; the format allows 100 MB, real shards need less than 1
 MAX_RANK = 16
+FIRST = 2**17  # bytes asked of a far file at once; most headers are smaller
 SHARD = re.compile(r"\w[\w.-]{0,180}\.safetensors", re.ASCII)
 PART = re.compile(r".*-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 MAGIC = ((b"PK", "a zip archive"), (b"\x80", "a pickle"), (b"7z\xbc\xaf", "a 7z archive"), (b"\x1f\x8b", "a gzip file"))
@@ -47,7 +51,8 @@ def read_folder(folder: Path, where: str = "") -> dict[str, dict[str, Span]]:
             raise
         place = Place(where, shown(folder.name), "check the path")
         raise place.refuse("E_UNREACHABLE", "the folder cannot be read", found=error.strerror or "") from error
-    files = [name for name in names if name.endswith(".safetensors")]
+    far = far_files(folder)
+    files = sorted({*(name for name in names if name.endswith(".safetensors")), *(n for n in far if "/" not in n)})
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     if indexes:
         return _read_sharded(folder, files, indexes, where)
@@ -99,11 +104,26 @@ def read_header(path: Path, where: str = "") -> dict[str, Span]:
     Raises:
         FoldinError: as `read_folder`.
     """
+    far = far_files(path.parent).get(path.name)
+    if far:
+        return read_far_header(far.stored, where)
     place = Place(where, shown(path.name), RESAVE)
     with open_regular(path, where) as file:
         size = os.fstat(file.fileno()).st_size
         text = _header_text(file, size, place)
     return check_header(text, size - 8 - len(text), place)
+
+
+def read_far_header(found: Object, where: str = "") -> dict[str, Span]:
+    """As `read_header`, of a file in a store; little more than the header is transferred."""
+    place = Place(where, shown(found.uri.rpartition("/")[2]), RESAVE)
+    text = _header_text(BufferedReader(Reader(found), FIRST), found.size, place)
+    return check_header(text, found.size - 8 - len(text), place)
+
+
+def start_digest(spec: TensorSpec) -> "hashlib._Hash":
+    """The SHA-256 of a tensor before its bytes are added: dtype and shape are part of it."""
+    return hashlib.sha256(f"{spec.dtype} {list(spec.shape)}\n".encode())
 
 
 def _header_text(file: BufferedReader, size: int, place: Place) -> bytes:

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from registry.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
-from registry.files import MAX_BYTES, SIGNATURE, Place, open_regular, parse_json, shown, walk
+from registry.far import names_in
+from registry.files import MAX_BYTES, SIGNATURE, Place, open_regular, parse_json, shown
 from registry.headers import MAX_HEADER, RESAVE, read_folder, read_header
 from registry.records import FoldinError, Refusal
 from registry.store import copy_in
@@ -53,17 +54,20 @@ class Admitted:
         return ADAPTER_CONFIG in self.files_sha256
 
 
-def admit(source: Path, store: Path, where: str, *, max_bytes: int = MAX_BYTES) -> Admitted | Refusal:
+def admit(source: Path, store: Path, where: str, *, keep: str = "", max_bytes: int = MAX_BYTES) -> Admitted | Refusal:
     """The admitted copy of an expert's folder, or the reason why it may not enter. Runs nothing and loads no tensor.
 
-    Only files on the allow-list are copied. `where` names the expert in messages; `max_bytes` bounds the copy.
+    Only files on the allow-list are copied. `where` names the expert in messages; `max_bytes` bounds the copy; `keep`
+    as in `store.copy_in`.
     """
     try:
-        names = sorted(name for name, _ in walk(source, where))
+        names = names_in(source, where)
         _check_names(names, where)
         wanted = partial(_copied, weights=ADAPTER if _is_adapter(names) else FULL)
         check = partial(_check_copy, where=where)
-        folder, tree, files = copy_in(source, store, wanted=wanted, check=check, max_bytes=max_bytes, where=where)
+        folder, tree, files = copy_in(
+            source, store, wanted=wanted, keep=keep, check=check, max_bytes=max_bytes, where=where
+        )
     except FoldinError as error:
         return error.refusal
     return Admitted(folder, files, tree, tuple(shown(name) for name in names if not wanted(name)))
@@ -103,7 +107,7 @@ def _check_names(names: list[str], where: str) -> None:
 
 
 def _check_copy(folder: Path, where: str) -> None:
-    names = [name for name, _ in walk(folder)]
+    names = names_in(folder)
     _check_names(names, where)  # again: the source may have changed since it was listed
     for name in CONFIGS:
         if (folder / name).exists():

@@ -10,6 +10,7 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from registry.far import far_files, look_again, mirror, note_far, store
 from registry.files import MANIFEST, shown, verify_manifest
 from registry.mlflow_link import Link, unreachable
 from registry.records import FoldinError, Refusal
@@ -33,7 +34,13 @@ class Files:
     def version(self, line: str, version: int) -> Path:
         """The local folder with one version's artifacts, downloaded once. Raises as `expert`."""
         known = self._cache / "versions" / line / str(version)
-        return known if known.is_dir() else self._behind(line, version, known)
+        whole = known.is_dir() and not far_files(known)
+        return known if whole else self._behind(line, version, known, ours=True)
+
+    def look_again(self, folder: Path) -> None:
+        """Read whatever is far of a version's folder whole, as `far.look_again`."""
+        with self._link.reached():
+            look_again(folder, self._cache / "seen")
 
     def single(self, line: str, version: int, name: str, folder: Path) -> Path | None:
         """One file of a version as it is stored now, downloaded into a folder; None when there is none."""
@@ -45,31 +52,39 @@ class Files:
 
     def upload(self, model: LoggedModel, folder: Path) -> None:
         """Every file, the manifest last: a version without one was never finished. Then all of it is read back."""
-        files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        for path in sorted(files, key=lambda path: path.as_posix() == MANIFEST):
-            parent = path.parent.as_posix()
-            within = None if parent == "." else parent
-            self._link.client.log_model_artifact(model.model_id, str(folder / path), within)
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        for name in sorted(files, key=lambda name: name == MANIFEST):
+            self._send(model, folder / name, name)
         stored = self._local(model.artifact_location, model.model_id, self._cache / "read-back" / model.model_id)
         wrong = verify_manifest(stored)
         if stored.is_relative_to(self._cache):
             shutil.rmtree(stored)
+            note_far(stored, {})
         if wrong:
             raise FoldinError(replace(wrong[0], code="E_MLFLOW", what="what was uploaded did not arrive whole"))
 
-    def _behind(self, model: str, version: int, target: Path) -> Path:
+    def _send(self, model: LoggedModel, path: Path, name: str) -> None:
+        """One file to its place; of the manifest nothing that is there already is replaced."""
+        if model.artifact_location.startswith("s3://"):
+            uri = f"{model.artifact_location}/{name}"
+            store().create(uri, path.read_bytes()) if name == MANIFEST else store().upload(path, uri)
+            return
+        within = name.rpartition("/")[0] or None
+        self._link.client.log_model_artifact(model.model_id, str(path), within)
+
+    def _behind(self, model: str, version: int, target: Path, *, ours: bool = False) -> Path:
         """The local folder of a version's artifacts: E_SOURCE when they are gone, E_MLFLOW when nobody can be asked."""
         with self._link.reached():
             try:
                 uri = self._link.client.get_model_version_download_uri(model, str(version))
                 get_artifact_repository(uri)  # raises for a scheme that nobody serves
-                return self._local(uri, f"{model} v{version}", target)
+                return self._local(uri, f"{model} v{version}", target, ours=ours)
             except MlflowException as error:
                 if unreachable(error):
                     raise
                 raise FoldinError(_nothing_there(f"{model} v{version}", shown(str(error)))) from error
 
-    def _local(self, uri: str, where: str, target: Path) -> Path:
+    def _local(self, uri: str, where: str, target: Path, *, ours: bool = False) -> Path:
         """The folder behind an artifact URI: itself when it is on this machine, else a whole download at `target`."""
         parsed = urlparse(uri)
         if parsed.scheme in {"", "file"}:
@@ -78,6 +93,11 @@ class Files:
                 raise FoldinError(_nothing_there(where, uri))
             return folder
         target.parent.mkdir(parents=True, exist_ok=True)
+        if parsed.scheme == "s3":
+            mirror(uri, target, self._cache / "seen", ours=ours)
+            if not any(target.iterdir()):
+                raise FoldinError(_nothing_there(where, uri))
+            return target
         with TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as scratch:
             get_artifact_repository(uri).download_artifacts("", scratch)
             shutil.rmtree(target, ignore_errors=True)

@@ -118,6 +118,10 @@ class MlflowStore:
         """
         return self._files.version(line, version)
 
+    def look_again(self, folder: Path) -> None:
+        """Read whatever of a version's folder lies in S3 whole, before its manifest is compared."""
+        self._files.look_again(folder)
+
     def versions(self, line: str) -> list[int]:
         """The numbers of a line's registered versions, ascending."""
         return [version.version for version in self.newer(line, 0)]

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from registry.far import Far, far_files, kept_at, note_far
 from registry.files import (
     CHUNK,
     MAX_BYTES,
@@ -28,6 +29,7 @@ def copy_in(
     store: Path,
     *,
     wanted: Callable[[str], bool] = lambda name: True,  # relative posix path -> copy it?
+    keep: str = "",  # URI below which far files are copied by their store; "" leaves them where they are
     check: Callable[[Path], None] = lambda folder: None,  # may raise FoldinError; sees the copy before it has its name
     max_bytes: int = MAX_BYTES,
     where: str = "",
@@ -35,7 +37,8 @@ def copy_in(
     """Copy a folder into a content-addressed store: (store/<d[:2]>/<d>, d, {path: SHA-256}), d the SHA-256 of that map.
 
     What is hashed and checked is the copy, so that a source which changes meanwhile changes nothing. A copy that is
-    there already is compared file by file and reused.
+    there already is compared file by file and reused. Far files stay far: known by their digests, they can be read as
+    what they were, or not at all.
 
     Raises:
         FoldinError: E_FILETYPE, E_PATH, E_TOO_LARGE, E_DISK, E_DIGEST (a damaged copy in the store), or from `check`.
@@ -44,12 +47,17 @@ def copy_in(
     with disk_errors(scratch):
         scratch.mkdir(parents=True)
         try:
-            files = _copy_files(source, scratch, wanted, max_bytes, where)
+            far = _keep_far(source, wanted, max_bytes, where, keep)
+            room = max_bytes - sum(each.size for each in far.values())
+            files = _copy_files(source, scratch, wanted, room, where)
+            note_far(scratch, far)
             check(scratch)
+            files = dict(sorted({**files, **{name: each.sha256 for name, each in far.items()}}.items()))
             digest = hashlib.sha256(canonical_json(files)).hexdigest()
-            return _settle(scratch, store / digest[:2] / digest, files), digest, files
+            return _settle(scratch, store / digest[:2] / digest, files, far), digest, files
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            note_far(scratch, {})
 
 
 def _copy_files(source: Path, target: Path, wanted: Callable[[str], bool], budget: int, where: str) -> dict[str, str]:
@@ -63,6 +71,19 @@ def _copy_files(source: Path, target: Path, wanted: Callable[[str], bool], budge
         files[name], size = _copy_file(descriptor, target / name, budget, place)
         budget -= size
     return dict(sorted(files.items()))
+
+
+def _keep_far(source: Path, wanted: Callable[[str], bool], budget: int, where: str, keep: str) -> dict[str, Far]:
+    """The wanted far files, copied by their store to a name of their own where one is given."""
+    found = {name: each for name, each in far_files(source).items() if wanted(name)}
+    for name, each in found.items():
+        place = Place(where, shown(name), "rename the file")
+        if not all(PLAIN_NAME.fullmatch(part) for part in name.split("/")):
+            raise place.refuse("E_PATH", "the file name is not plain", "letters, digits and . _ - + = @ ( ) space")
+        budget -= each.size
+        if budget < 0:
+            raise place.refuse("E_TOO_LARGE", "the folder is larger than allowed")
+    return {name: kept_at(each, keep) if keep else each for name, each in found.items()}
 
 
 def _copy_file(descriptor: int, target: Path, budget: int, place: Place) -> tuple[str, int]:
@@ -81,11 +102,12 @@ def _copy_file(descriptor: int, target: Path, budget: int, place: Place) -> tupl
     return digest.hexdigest(), size
 
 
-def _settle(scratch: Path, home: Path, files: Mapping[str, str]) -> Path:
+def _settle(scratch: Path, home: Path, files: Mapping[str, str], far: Mapping[str, Far]) -> Path:
     """Give the finished copy its name, or keep the equal one that has it."""
-    for folder in {scratch, *((scratch / name).parent for name in files)}:
+    for folder in {scratch, *((scratch / name).parent for name in files if name not in far)}:
         fsync_dir(folder)
     home.parent.mkdir(exist_ok=True)
+    note_far(home, far)
     try:
         os.rename(scratch, home)
     except OSError as error:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from registry.far import Far, expect_span, far_files, read_span
 from registry.files import Place
-from registry.headers import Span, read_folder, read_header
+from registry.headers import Span, read_folder, read_header, start_digest
 from registry.records import TensorSpec
 
 DTYPES = {
@@ -52,6 +53,7 @@ class Checkpoint(Mapping[str, Tensor]):
     folder: Path
     where: str  # names the checkpoint in messages
     stored: Mapping[str, Stored]  # name -> place, in file order
+    far: Mapping[str, Far] = field(default_factory=dict)  # files that lie in a store, not in the folder
 
     @classmethod
     def open(cls, folder: Path, where: str = "") -> "Checkpoint":
@@ -62,13 +64,13 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         headers = read_folder(folder, where)
         stored = {name: _stored(file, span) for file, spans in headers.items() for name, span in spans.items()}
-        return cls(folder, where, stored)
+        return cls(folder, where, stored, far_files(folder))
 
     @classmethod
     def open_file(cls, path: Path, where: str = "") -> "Checkpoint":
         """The tensors of one safetensors file, whatever lies beside it. Raises like `open`."""
         stored = {name: _stored(path.name, span) for name, span in read_header(path, where).items()}
-        return cls(path.parent, where, stored)
+        return cls(path.parent, where, stored, far_files(path.parent))
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -90,6 +92,8 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         file, stored_name, spec, *_ = self.stored[name]
         place = Place(self.where, file, "restore the file, then run again")
+        if file in self.far:
+            return _read_far(self.far[file], self.stored[name], place)
         try:
             tensor = _read(self.folder / file, stored_name)
         except (SafetensorError, FileNotFoundError) as error:
@@ -101,6 +105,9 @@ class Checkpoint(Mapping[str, Tensor]):
     def expect(self, name: str) -> None:
         """Tell the system that a tensor is read soon, so that it comes from the disk while something is computed."""
         place = self.stored[name]
+        if place.file in self.far:
+            expect_span(self.far[place.file], place.begin, place.end)
+            return
         with suppress(OSError):  # a hint; whether the file can be read shows when it is
             descriptor = os.open(self.folder / place.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -128,7 +135,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 what = f"renaming gives it the name of another tensor, {rename(name)}"
                 raise Place(self.where, place.file, "rename one of the two").refuse("E_SCHEMA", what, tensor=name)
             stored[rename(name)] = place
-        return Checkpoint(self.folder, self.where, stored)
+        return replace(self, stored=stored)
 
     def prefixed(self, prefix: str) -> "Checkpoint":
         """A view without `prefix`: "vit.layers.0.x" becomes "layers.0.x"; names without the prefix stay as they are."""
@@ -141,7 +148,7 @@ class Checkpoint(Mapping[str, Tensor]):
             place = Place(self.where, str(self.folder), "ask for names that the checkpoint has")
             raise place.refuse("E_SCHEMA", "the checkpoint lacks this tensor", tensor=name)
         kept = {name: place for name, place in self.stored.items() if name in wanted}
-        return Checkpoint(self.folder, self.where, kept)
+        return replace(self, stored=kept)
 
 
 def _read(path: Path, name: str) -> Tensor:
@@ -157,6 +164,18 @@ def _read(path: Path, name: str) -> Tensor:
         if UNOPENED not in str(error):
             raise
         raise OSError(*error.args) from error
+
+
+def _read_far(far: Far, stored: Stored, place: Place) -> Tensor:
+    """One tensor of a file in a store, compared with the digest that it had when the file was seen first."""
+    expected = far.tensors.get(stored.name, "")
+    content = read_span(far, stored.begin, stored.end, expected, start_digest(stored.spec))
+    if content is None:
+        raise place.refuse("E_DIGEST", "the tensor's bytes are others than before", expected[:12], tensor=stored.name)
+    dtype = DTYPES[stored.spec.dtype]
+    return (torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)).reshape(
+        stored.spec.shape
+    )
 
 
 def _stored(file: str, span: Span) -> Stored:
@@ -210,8 +229,3 @@ def check_spec(tensor: Tensor, spec: TensorSpec, place: Place, name: str) -> Non
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes in row-major order, without a copy where it lies so in CPU memory."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def start_digest(spec: TensorSpec) -> "hashlib._Hash":
-    """`tensor_sha256` before the tensor's bytes were added."""
-    return hashlib.sha256(f"{spec.dtype} {list(spec.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""What several tests need: a tiny text encoder with experts, the command line as a process, a machine out of files."""
+"""What several tests need: a tiny encoder with experts, the command line as a process, S3, a machine out of files."""
 
 import os
 import resource
@@ -159,3 +159,25 @@ def descriptors():
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     return left
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """(host, port) of a real S3 server (moto)."""
+    from tests.registry.faulty_s3 import moto
+
+    with moto(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """A bucket behind a proxy that fails as it is told; the environment holds credentials that nobody may print."""
+    from tests.registry.faulty_s3 import ELSEWHERE, ENVIRONMENT, faulty
+
+    for name in ELSEWHERE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with faulty(s3_server) as store:
+        yield store
