@@ -594,14 +594,19 @@ def test_one_part_that_fails_ends_the_others_and_their_pauses(s3, put, last):
     assert not ours()
 
 
-def test_a_stream_that_is_left_half_way_stops_its_threads(objects, s3, put):
+def test_a_stream_that_is_left_half_way_stops_its_threads(s3, put):
     put("a", bytes(40 * PART))
+    objects = made(s3.url, pause=lambda stop, seconds: stop.wait(60))
     stream = objects.stream(objects.below(s3.root)["a"])
     assert len(next(stream)) == PART
+    s3.proxy.script = lambda verb: "slow-down"
+    assert len(next(stream)) == PART
     assert ours()
+    begun = time.monotonic()
     stream.close()
+    assert time.monotonic() - begun < 30
     assert not ours()
-    assert s3.proxy.asked["GetObject"] < 10
+    assert s3.proxy.asked["GetObject"] < 12
 
 
 # create-only
