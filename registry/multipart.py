@@ -11,30 +11,43 @@ from threading import Event
 from typing import TypeVar
 
 from registry.records import FoldinError
-from registry.s3 import Answer, Endpoint
+from registry.s3 import Answer, Endpoint, Halted
 from registry.stored import Address, Span, Upload, bare
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 THREADS = "foldin-s3"
-PATIENCE = 3  # times the usual tries, for what cleans up
+PATIENCE = 2  # times the usual tries, for what cleans up
 SLACK = 2.0  # seconds by which a store may round when an upload began
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], ahead: int, stop: Event) -> Iterator[Result]:
     """What `work` returns for each item, in order; at most `ahead` of them are worked on, or wait, at a time.
 
-    When it ends, for whatever reason, so have its threads; `stop` is set unless it ended well.
+    The first failure, of whichever item, ends it. When it ends, so have its threads, and `stop` is set unless it ended
+    well. (A thread that Ctrl-C hits while it starts is not waited for: it sees `stop` and ends by itself.)
     """
     waiting: deque[Future[Result]] = deque()
+    failures: list[BaseException] = []
+
+    def watched(item: Item) -> Result:
+        try:
+            return work(item)
+        except BaseException as error:
+            failures.append(error)
+            stop.set()
+            raise
+
     pool = ThreadPoolExecutor(ahead, THREADS)
     try:
         for item in items:
             if len(waiting) == ahead:
                 yield waiting.popleft().result()
-            waiting.append(pool.submit(work, item))
+            waiting.append(pool.submit(watched, item))
         while waiting:
             yield waiting.popleft().result()
+    except Halted:  # because another item failed
+        raise failures[0]  # noqa: B904 -- that one has a cause of its own
     except BaseException:
         stop.set()
         raise
@@ -48,13 +61,25 @@ def uninterrupted(work: Callable[[Event], Result]) -> Result:
     Ctrl-C reaches the main thread only. That one sets the event and waits, so that no request is cut in half and no
     cleaning up is cut short.
     """
-    stop = Event()
-    with ThreadPoolExecutor(1, THREADS) as pool:
+    stop, begun, over = Event(), Event(), Event()
+
+    def run() -> Result:
+        begun.set()
         try:
-            return pool.submit(work, stop).result()
-        except BaseException:
-            stop.set()
-            raise
+            return work(stop)
+        finally:
+            over.set()
+
+    pool = ThreadPoolExecutor(1, THREADS)
+    try:
+        return pool.submit(run).result()
+    except BaseException:
+        stop.set()
+        if begun.is_set():  # the pool does not know a thread whose start was interrupted
+            over.wait()
+        raise
+    finally:
+        pool.shutdown()
 
 
 def write_in_parts(
@@ -87,7 +112,7 @@ def _write(
         answer = endpoint.ask("CreateMultipartUpload", uri, opening, needs=("UploadId",), stop=stop)
         upload_id, doubtful = answer["UploadId"], answer["ResponseMetadata"]["RetryAttempts"] > 0
         sent = list(in_order(partial(send, upload_id, stop), parts, ahead, stop))
-        whole = {"UploadId": upload_id, "MultipartUpload": {"Parts": sent}, "MpuObjectSize": parts[-1].end}
+        whole = {"UploadId": upload_id, "MultipartUpload": {"Parts": sent}}
         refusals = ("NoSuchUpload",)  # finished already, and the answer was lost
         answer = endpoint.ask("CompleteMultipartUpload", uri, whole, needs=("ETag",), refusals=refusals, stop=stop)
         upload_id = ""

@@ -9,26 +9,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
-from botocore import xform_name
+from botocore import exceptions, xform_name
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionError,
-    FlexibleChecksumError,
-    HTTPClientError,
-    IncompleteReadError,
-)
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from registry.files import Place, shown
+from registry.files import NOTHING, Place, shown
 from registry.records import FoldinError
 from registry.stored import Address, Object, bare
 
 Answer = dict[str, Any]  # the fields of S3's answer by the names of its reference
-NOTHING: Mapping[str, object] = {}
-SHORTEST, LONGEST = 0.5, 20.0  # seconds; the upper limit of a pause doubles from the one to the other
+SHORTEST, LONGEST = 0.5, 5.0  # seconds; the upper limit of a pause doubles from the one to the other
 PIECE = 2**18  # bytes taken from a connection at once
 
 # 4xx answers that say nothing against the request: it came too slowly, or damaged, or while somebody else wrote.
@@ -38,8 +29,11 @@ PASSING = frozenset(
         *("BadDigest", "InvalidDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
     }
 )
-FAILURES = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
-BROKEN = (HTTPClientError, ConnectionError, IncompleteReadError, FlexibleChecksumError, ResponseParserError, HTTPError)
+FAILURES = (exceptions.ClientError, exceptions.BotoCoreError, ResponseParserError, HTTPError)
+BROKEN = (
+    *(exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError),
+    *(exceptions.FlexibleChecksumError, ResponseParserError, HTTPError),
+)
 
 GONE = ("E_SOURCE", "there is no such object", "correct the address, or put the object there")
 BUCKET = ("E_SOURCE", "there is no such bucket", "correct the address, or create the bucket")
@@ -74,18 +68,14 @@ class Endpoint:
         connections: int = 10,  # kept open
         pause: Callable[[threading.Event, float], object] = threading.Event.wait,  # until the event, or for seconds
     ) -> None:
-        """Asks nothing yet; the client is made at first use.
-
-        Raises:
-            FoldinError: E_CONFIG where `url` is no plain URL.
-        """
+        """Asks nothing yet. Raises FoldinError E_CONFIG where `url` is no plain URL."""
         parts = urlsplit(url)
         if url and (parts.scheme not in ("http", "https") or not parts.hostname or "@" in url or parts.query):
             place = Place("the store's endpoint", "", "give credentials by AWS_* variables or a profile")
             raise place.refuse("E_CONFIG", "this is no plain URL", "https://HOST[:PORT]")
         self._url, self._tries, self._pause = url or None, tries, pause
         self._config = Config(
-            connect_timeout=timeout,
+            connect_timeout=min(timeout, 10.0),
             read_timeout=timeout,
             max_pool_connections=connections,
             retries={"total_max_attempts": 1},  # else botocore's tries would multiply with ours, which cover bodies too
@@ -149,16 +139,18 @@ class Endpoint:
             FoldinError: as `ask`; E_DIGEST where it was exchanged, or came too short or too long each time.
             Halted: `stop` is set.
         """
-        span = {"Range": f"bytes={begin}-{begin + len(body) - 1}", "IfMatch": f'"{found.etag}"'}
+        asked = f"bytes={begin}-{begin + len(body) - 1}"
+        request = {"Range": asked, "IfMatch": f'"{found.etag}"'}
 
         def attempt() -> Answer:
-            answer = self._request("GetObject", found.uri, span)
+            answer = self._request("GetObject", found.uri, request)
             with closing(answer["Body"]) as arriving:
                 if bare(answer.get("ETag", "")) != found.etag:  # a store may ignore If-Match
                     refused = {"Error": {"Code": "PreconditionFailed", "Message": "another etag"}}
-                    raise ClientError(refused, "GetObject")
-                if answer.get("ContentLength") != len(body):
-                    raise Torn(f"{answer.get('ContentLength')} bytes instead of {len(body)}")
+                    raise exceptions.ClientError(refused, "GetObject")
+                came = answer.get("ContentRange", f"bytes 0-{found.size - 1}/")  # none with a whole object
+                if not came.startswith(f"{asked.replace('=', ' ')}/"):
+                    raise Torn(f"{came} instead of {asked}")
                 fill(body, arriving, stop)
             return answer
 
@@ -194,18 +186,25 @@ class Endpoint:
     def _request(self, verb: str, uri: str, request: Mapping[str, object]) -> Answer:
         with self._opening:
             if self._client is None:
-                session = boto3.Session()
-                self._client = session.client("s3", endpoint_url=self._url, config=self._config)
-                if credentials := session.get_credentials():
-                    known = (credentials.access_key, credentials.secret_key, credentials.token)
-                    self._secrets = tuple(secret for secret in known if secret)
+                self._open()
         bucket, key = Address.of(uri)
         place = {"Bucket": bucket, "Key": key} if key else {"Bucket": bucket}
         answer: Answer = getattr(self._client, xform_name(verb))(**place, **request)
         return answer
 
+    def _open(self) -> None:
+        session = boto3.Session()
+        try:
+            self._client = session.client("s3", endpoint_url=self._url, config=self._config)
+        except ValueError as error:  # an AWS_ENDPOINT_URL without https://, a region with a space
+            place = Place("the S3 client", "", "correct the AWS_* variables or the profile")
+            raise place.refuse("E_CONFIG", "its settings are not valid", found=shown(str(error))) from error
+        if credentials := session.get_credentials():
+            known = (credentials.access_key, credentials.secret_key, credentials.token)
+            self._secrets = tuple(secret for secret in known if secret)
+
     def _refusal(self, verb: str, where: str, error: Exception, requests: int) -> FoldinError:
-        said = error.response["Error"].get("Message", "") if isinstance(error, ClientError) else str(error)
+        said = error.response["Error"].get("Message", "") if isinstance(error, exceptions.ClientError) else str(error)
         for secret in self._secrets:  # a store may repeat what it was sent
             said = said.replace(secret, "***")
         code, what, remedy = MEANINGS.get(code_of(error), UNKNOWN)
@@ -236,12 +235,16 @@ def fill(body: memoryview, arriving: RawIOBase, stop: threading.Event) -> None:
 
 def code_of(error: Exception) -> str:
     """What S3 calls the error; where S3 said nothing, the name of its type."""
-    return str(error.response["Error"].get("Code", "")) if isinstance(error, ClientError) else type(error).__name__
+    return (
+        str(error.response["Error"].get("Code", ""))
+        if isinstance(error, exceptions.ClientError)
+        else type(error).__name__
+    )
 
 
 def passes(error: Exception) -> bool:
     """Whether the same request may succeed later: it never reached the store, or the store itself is in trouble."""
-    if isinstance(error, ClientError):
+    if isinstance(error, exceptions.ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return code_of(error) in PASSING or (status >= 500 and status != 501)
     return isinstance(error, (*BROKEN, Torn))

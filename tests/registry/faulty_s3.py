@@ -51,7 +51,7 @@ AFTER = (
     "long",
     "error-body",
 )  # cut: fewer bytes than announced; short, long: announced as such
-FLIPS = ("flip",)  # one bit of what is put or got
+# "flip" changes one bit of what is put or got; "shifted" and "unranged" spoil the range that is asked for.
 CODES = {"slow-down": (503, "SlowDown"), "internal": (500, "InternalError"), "lost": (500, "InternalError")}
 
 
@@ -168,6 +168,9 @@ class FaultyS3:
             return *error(*CODES[fault]), None
         if fault in ("hang-up", "late"):
             return 0, {}, b"", None
+        if fault in ("shifted", "unranged"):
+            first, last = re.findall(r"\d+", headers.pop("Range"))
+            headers |= {"Range": f"bytes={int(first) + 1}-{int(last) + 1}"} if fault == "shifted" else {}
         if fault == "flip" and body:
             body = flipped(body, len(body) // 2)
         self.before(verb)

@@ -99,6 +99,14 @@ def ours():
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(THREADS)]
 
 
+def soon_none():
+    """Whether no thread is left after some seconds: one that was interrupted while it started is not waited for."""
+    deadline = time.monotonic() + 10
+    while ours() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not ours()
+
+
 # what is there
 
 
@@ -233,7 +241,10 @@ def test_an_object_that_was_exchanged_since_it_was_listed_is_not_read(objects, s
     found = objects.below(s3.root)["a"]
     put("a", bytes([1]) * 3 * PART)
     s3.proxy.conditional = conditional  # some stores know no If-Match
-    refused("E_DIGEST", objects.read, found, 0, 10)
+    s3.proxy.count()
+    refused("E_DIGEST", objects.read, found, 0, 1_000)
+    assert s3.proxy.asked["GetObject"] == 1
+    assert (s3.proxy.sent["GetObject"] < 500) == conditional
     refused("E_DIGEST", objects.read, found, 0, found.size)
     refused("E_DIGEST", lambda: list(objects.stream(found)))
     refused("E_DIGEST", objects.download, found, tmp_path / "copy")
@@ -265,6 +276,30 @@ def test_a_flipped_bit_passes_a_ranged_read_and_only_a_digest_tells(objects, s3,
     assert objects.download(found, tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
+def test_a_flipped_bit_of_an_object_that_comes_whole_is_noticed_by_the_checksum_of_the_store(objects, s3, put):
+    content = random.Random(3).randbytes(1_000)
+    put("a", content)
+    found = objects.below(s3.root)["a"]
+    s3.proxy.next("GetObject", "flip")
+    assert objects.read(found, 0, 1_000) == content
+    s3.proxy.next("GetObject", *["flip"] * 4)
+    assert "FlexibleChecksumError" in str(refused("E_DIGEST", objects.read, found, 0, 1_000))
+
+
+@pytest.mark.parametrize("fault", ["shifted", "unranged"])
+def test_another_range_than_the_one_asked_for_is_not_taken(objects, s3, put, fault):
+    content = random.Random(3).randbytes(2_000)
+    put("a", content)
+    found = objects.below(s3.root)["a"]
+    s3.proxy.next("GetObject", fault)
+    assert objects.read(found, 500, 1_500) == content[500:1_500]
+    s3.proxy.next("GetObject", "unranged")
+    assert objects.read(found, 0, 2_000) == content  # the whole object needs no range
+    assert s3.proxy.asked["GetObject"] == 3
+    s3.proxy.next("GetObject", *[fault] * 4)
+    refused("E_DIGEST", objects.read, found, 500, 1_500)
+
+
 @pytest.mark.parametrize(("size", "verb"), [(1_000, "PutObject"), (3 * PART, "UploadPart")])
 def test_a_bit_flipped_on_the_way_up_is_refused_by_its_checksum_and_sent_again(objects, s3, tmp_path, kept, size, verb):
     path = written(tmp_path, size)
@@ -279,6 +314,18 @@ def test_what_another_writer_put_there_meanwhile_is_not_taken_for_ours(objects, 
     path = written(tmp_path, size)
     s3.proxy.before = lambda verb: verb == "HeadObject" and put("a", bytes(size))
     refused("E_DIGEST", objects.upload, path, f"{s3.root}/a")
+
+
+def test_an_object_that_lost_a_part_in_the_store_is_not_taken_for_ours(objects, s3, client, tmp_path):
+    bucket = s3.root[5:]
+
+    def shorten(verb):
+        if verb == "HeadObject":
+            marked = client.head_object(Bucket=bucket, Key="a")["Metadata"]
+            client.put_object(Bucket=bucket, Key="a", Body=bytes(2 * PART), Metadata=marked)
+
+    s3.proxy.before = shorten
+    assert f"{3 * PART} bytes" in str(refused("E_DIGEST", objects.upload, written(tmp_path, 3 * PART), f"{s3.root}/a"))
 
 
 def test_a_file_that_shrinks_while_it_is_uploaded_is_refused(objects, s3, tmp_path, kept, uploads):
@@ -385,7 +432,7 @@ def test_pauses_are_drawn_up_to_a_limit_that_doubles(s3, put):
     s3.proxy.script = lambda verb: "slow-down"
     refused("E_S3", objects.below, s3.root)
     assert s3.proxy.asked["ListObjectsV2"] == 9
-    assert all(0 <= pause <= min(20.0, 0.5 * 2**number) for number, pause in enumerate(pauses))
+    assert all(0 <= pause <= min(5.0, 0.5 * 2**number) for number, pause in enumerate(pauses))
     assert len(set(pauses)) == len(pauses) == 8
 
 
@@ -459,11 +506,11 @@ def test_five_hundred_faults_give_right_bytes_or_typed_errors_and_leave_nothing(
 ):
     monkeypatch.setattr(verbs, "COPY_LIMIT", 2 * PART)
     monkeypatch.setattr(verbs, "COPY_PART", PART)
-    objects = made(s3.url, tries=3, timeout=0.5)
+    objects = made(s3.url, timeout=0.5)
     rounds = Rounds(objects, s3, tmp_path, kept, seed=5)
     rounds.upload()
     s3.proxy.delay = 0.6
-    s3.proxy.script = faults = Faults(5, 0.4, (*(BEFORE[:3] * 3), *(AFTER * 3), "late"))
+    s3.proxy.script = faults = Faults(5, 0.5, (*(BEFORE[:3] * 3), *(AFTER * 3), "late"))
     whole = (None, b"manifest", *(file.read_bytes() for file in rounds.files))
     calls = ("upload", "upload", "create", "copy", "read", "stream", "download", "below", "head", "unfinished")
     outcome = Counter()
@@ -481,8 +528,9 @@ def test_five_hundred_faults_give_right_bytes_or_typed_errors_and_leave_nothing(
         assert there in whole
         assert not uploads(), call
         assert not ours()
-    assert set(outcome) == {"done", "E_S3", "E_DIGEST"}
-    assert min(outcome["done"], outcome["E_S3"] + outcome["E_DIGEST"]) > 10, outcome
+    assert set(outcome) <= {"done", "E_S3", "E_DIGEST"}
+    assert outcome["done"] > 100, outcome
+    assert len(outcome) > 1, outcome
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
 
 
@@ -507,7 +555,7 @@ def test_an_interrupted_upload_leaves_nothing_open(objects, s3, tmp_path, kept, 
     assert kept("a") == (path.read_bytes() if moment == "CompleteMultipartUpload" else None)
     assert s3.proxy.asked["UploadPart"] < 12 or moment == "CompleteMultipartUpload"
     assert not uploads()
-    assert not ours()
+    assert soon_none()
 
 
 def test_an_interrupted_download_leaves_nothing(objects, s3, put, tmp_path):
@@ -524,29 +572,45 @@ def test_an_interrupted_download_leaves_nothing(objects, s3, put, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         objects.download(found, tmp_path / "copy")
     assert not list(tmp_path.iterdir())
-    assert not ours()
+    assert soon_none()
 
 
-def test_a_pause_ends_when_nobody_waits_any_more(s3, put):
-    put("a", bytes(8 * PART))
-    objects = Objects(s3.url, parts=4, part_bytes=PART)  # with real pauses
+@pytest.mark.parametrize("last", [True, False])
+def test_one_part_that_fails_ends_the_others_and_their_pauses(s3, put, last):
+    put("a", bytes(4 * PART))
+    objects = made(s3.url, pause=lambda stop, seconds: stop.wait(60))
     found = objects.below(s3.root)["a"]
-    s3.proxy.script = lambda verb: "slow-down"
-    s3.proxy.next("GetObject", (403, "AccessDenied"))
+    once = threading.Lock()
+
+    def script(verb):
+        if last and s3.proxy.asked["GetObject"] < 3:
+            return "slow-down"
+        return (403, "AccessDenied") if once.acquire(blocking=False) else "slow-down"
+
+    s3.proxy.script = script
     begun = time.monotonic()
-    refused("E_S3", objects.read, found, 0, found.size)
-    assert time.monotonic() - begun < 8  # four pauses may last 7.5 s
+    assert "AccessDenied" in str(refused("E_S3", objects.read, found, 0, found.size))
+    assert time.monotonic() - begun < 30
     assert not ours()
 
 
-def test_a_stream_that_is_left_half_way_stops_its_threads(objects, s3, put):
+def test_a_stream_that_is_left_half_way_stops_its_threads(s3, put):
     put("a", bytes(40 * PART))
+    pausing = threading.Event()
+    objects = made(s3.url, pause=lambda stop, seconds: pausing.set() or stop.wait(60))
     stream = objects.stream(objects.below(s3.root)["a"])
     assert len(next(stream)) == PART
+    while s3.proxy.sent["GetObject"] < 4 * PART:
+        time.sleep(0.01)
+    s3.proxy.script = lambda verb: "slow-down"
+    assert len(next(stream)) == PART  # and the fifth part is asked for
+    assert pausing.wait(60)
     assert ours()
+    begun = time.monotonic()
     stream.close()
+    assert time.monotonic() - begun < 30
     assert not ours()
-    assert s3.proxy.asked["GetObject"] < 10
+    assert s3.proxy.asked["GetObject"] <= 5
 
 
 # create-only
@@ -668,6 +732,18 @@ def test_without_credentials_the_error_says_so(s3, monkeypatch):
     error = refused("E_S3", made(s3.url).below, s3.root)
     assert "NoCredentialsError" in str(error)
     assert not s3.proxy.asked
+
+
+def test_an_endpoint_of_the_environment_that_is_no_url_is_an_error(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "store.example:9000")
+    assert "store.example:9000" in str(refused("E_CONFIG", made("").below, s3.root))
+
+
+def test_an_endpoint_of_the_environment_is_used(s3, put, monkeypatch):
+    put("a", b"a")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.url)
+    assert list(made("").below(s3.root)) == ["a"]
+    assert s3.proxy.asked["ListObjectsV2"] == 1
 
 
 @pytest.mark.parametrize("endpoint", ["store.example", "ftp://store.example", "http://", "http://store.example/?x=1"])
