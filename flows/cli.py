@@ -36,12 +36,19 @@ def cli(context: click.Context, config_file: Path, quiet: bool, debug: bool) -> 
 @click.option(
     "--base", type=click.Path(path_type=Path), help="Folder of all-MiniLM-L6-v2; default: the Python package."
 )
+@click.option(
+    "--backend",
+    type=click.Choice(["embedded", "servers"]),
+    default="embedded",
+    show_default=True,
+    help="servers: MLflow on PostgreSQL, files in S3, started for the run.",
+)
 @click.pass_obj
-def demo(options: dict[str, Any], json_file: Path | None, home: Path, base: Path | None) -> None:
+def demo(options: dict[str, Any], json_file: Path | None, home: Path, base: Path | None, backend: str) -> None:
     """Fold five real experts, refuse two bad ones, roll back and forward: the whole loop, offline."""
     from flows.demo import run
 
-    run(home.absolute(), base, json_file, debug=options["debug"])
+    run(home.absolute(), base, json_file, backend=backend, debug=options["debug"])
 
 
 @cli.command()

@@ -5,7 +5,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,8 @@ from registry.records import Decision, FoldinError, Refusal
 if TYPE_CHECKING:
     from experiments.texts import TextTask
 
-HEADING = "# The demonstration line. Everything below is embedded: SQLite and local folders.\n"
+HEADING = "# The demonstration line.\n"
+EMBEDDED = "# Everything below is embedded: SQLite and local folders.\n"
 SETTINGS = """approval = "always"  # what passes waits for a person
 guards = {{ retrieval = "{guard}" }}  # general ability, which no expert trains for: held to the same limits as a task
 
@@ -28,6 +31,7 @@ guards = {{ retrieval = "{guard}" }}  # general ability, which no expert trains 
 when = "always"  # also when an expert passes: another strength may be better
 strengths = [1.3, 1.6, 0.7]
 """
+NAMED = ("tracking_uri", "artifact_root", "ledger_url")
 LINE = "demo"
 EXPERTS = "demo-experts"
 BAD, BROKEN = "line", "script"  # tasks of the expert trained on shuffled labels, and of the one with a NaN
@@ -54,26 +58,47 @@ class Story:
         self.facts["seconds"] = round(time.monotonic() - self._started, 1)
 
 
-def run(home: Path, base: Path | None, json_file: Path | None, *, debug: bool) -> None:
+def run(home: Path, base: Path | None, json_file: Path | None, *, backend: str, debug: bool) -> None:
     """The demonstration from nothing: earlier runs in `home` are removed, fine-tuned experts are kept.
 
     Args:
         home: folder of the demonstration.
         base: folder of all-MiniLM-L6-v2; None for the one in the Python package.
         json_file: where to write the facts of the run; None for nowhere.
+        backend: "embedded", or "servers" for MLflow on PostgreSQL with its files in S3, started for the run.
         debug: show Prefect's log.
     """
     story = Story()
     config_file = _fresh(home)
     speak(True)
-    prepare_environment(load(config_file), verbose=debug)
+    prepare_environment(load(config_file, new=True), verbose=debug)
+    with _registry(config_file, backend) as registry:
+        config_file.write_text(HEADING + registry, encoding="utf-8")
+        _tell(config_file, base, story)
+        _close(config_file, json_file, story, ended=backend == "servers")
+
+
+@contextmanager
+def _registry(config_file: Path, backend: str) -> Iterator[str]:
+    """The table of foldin.toml that says where things are kept."""
+    if backend == "embedded":
+        yield EMBEDDED
+        return
+    from flows.stack import servers
+
+    with servers(load(config_file)) as found:
+        named = {key: value for key, value in asdict(found).items() if key in NAMED}
+        yield "\n".join(["[registry]", *(f'{key} = "{value}"' for key, value in named.items()), ""])
+
+
+def _tell(config_file: Path, base: Path | None, story: Story) -> None:
+    """The whole story, in the registry that the file names."""
     from experiments.zoo import base_folder
 
     folder = base_folder(base)
     trained: dict[str, tuple[TextTask, Path]] = {}
     with temporary_prefect(load(config_file), lambda: trained.update(_prepare(config_file, folder, story))):
         _live(config_file, folder, trained, story)
-    _close(config_file, json_file, story)
 
 
 def _prepare(config_file: Path, base: Path, story: Story) -> "Mapping[str, tuple[TextTask, Path]]":
@@ -199,7 +224,7 @@ def _back_and_forth(config_file: Path, config: Config, story: Story) -> None:
     )
 
 
-def _close(config_file: Path, json_file: Path | None, story: Story) -> None:
+def _close(config_file: Path, json_file: Path | None, story: Story, *, ended: bool) -> None:
     from flows.printing import console, lineage_tree
     from flows.reading import log, show
 
@@ -213,6 +238,9 @@ def _close(config_file: Path, json_file: Path | None, story: Story) -> None:
         json_file.write_text(json.dumps(story.facts, indent=1, default=str) + "\n", encoding="utf-8")
     say(f"\nDone in {story.facts['seconds']:.0f} s.")
     say(f"The champion's report:    {facts['report']}")
+    if ended:
+        say("The servers end now, and the store's content with them.")
+        return
     say(f"Both user interfaces:     {command} ui")
     say(f"The line's history:       {command} log {LINE}")
 

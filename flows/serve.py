@@ -102,7 +102,7 @@ def temporary_prefect(config: Config, meanwhile: Callable[[], object] = lambda: 
         config: where the server's database and log go.
         meanwhile: what this process can do while the server starts, such as importing what it will need.
     """
-    page = Page("Prefect (temporary)", _free_port(), "", "/api/health")
+    page = Page("Prefect (temporary)", free_port(), "", "/api/health")
     app = ["--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error"]
     command = [sys.executable, "-m", "uvicorn", *app, "--host", HOST, "--port", str(page.port)]
     with _prefect(config, page, command, TEMPORARY, meanwhile, watched=False) as url:
@@ -124,8 +124,8 @@ def mlflow_server(config: Config, port: int = 5000) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
     command += ["--host", HOST, "--port", str(port), *(["--default-artifact-root", root] if root else [])]
     page = Page("MLflow", port, "--mlflow-port", "/health")
-    with _process(config, page, command, LEAN) as server:
-        _wait_for(page, server, _log(config, page))
+    with server_process(config, page, command, LEAN) as server:
+        wait_for(page, server, log_of(config, page))
         say(f"MLflow:  {page.url}")
         yield page.url
 
@@ -148,9 +148,9 @@ def _prefect(
         yield named
         return
     url = f"{page.url}/api"
-    with _process(config, page, command, environment) as server, wiring.using_prefect(url, watched=watched):
+    with server_process(config, page, command, environment) as server, wiring.using_prefect(url, watched=watched):
         meanwhile()
-        _wait_for(page, server, _log(config, page))
+        wait_for(page, server, log_of(config, page))
         try:
             yield url
         finally:
@@ -160,13 +160,13 @@ def _prefect(
 
 
 @contextmanager
-def _process(
+def server_process(
     config: Config, page: Page, command: list[str], environment: Mapping[str, str]
 ) -> "Iterator[subprocess.Popen[bytes]]":
     """A server that is starting; it ends with the block, or with this process, however that ends."""
     _check_free(page)
     config.home.mkdir(parents=True, exist_ok=True)
-    with open(_log(config, page), "ab") as output:
+    with open(log_of(config, page), "ab") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "flows.tether", *command],
             env=wiring.child_environment(environment),
@@ -183,7 +183,7 @@ def _process(
         server.wait()
 
 
-def _log(config: Config, page: Page) -> Path:
+def log_of(config: Config, page: Page) -> Path:
     """What a server says."""
     return config.home / f"{page.name.split()[0].lower()}-server.log"
 
@@ -198,7 +198,8 @@ def _check_answers(url: str) -> None:
         raise FoldinError(Refusal("E_SERVER", what, url, found=str(error), remedy=remedy)) from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens at now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
@@ -214,7 +215,7 @@ def _check_free(page: Page) -> None:
             raise FoldinError(_refused(page, "the port is taken", "a free port", error.strerror or "")) from error
 
 
-def _wait_for(page: Page, server: "subprocess.Popen[bytes]", log: Path) -> None:
+def wait_for(page: Page, server: "subprocess.Popen[bytes]", log: Path) -> None:
     """Until the server answers, or E_SERVER when it ended or stayed silent."""
     patience = time.monotonic() + PATIENCE
     while server.poll() is None and time.monotonic() < patience:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from registry.ledger import Ledger
     from registry.mlflow_store import MlflowStore
 
+STORE_KEYS = {  # of a store on this machine, which asks for some and looks at none
+    **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "foldin"),
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 STORE_URLS = ("MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 CODE_FORMAT = 5  # part of every merge key; raised when the same inputs would give other bytes
 
@@ -145,6 +149,21 @@ def signing_passphrase() -> bytes:
 def openlineage_key() -> str:
     """What an OpenLineage server knows this deployment by; "" when the environment has none. Not to be shown."""
     return os.environ.get("OPENLINEAGE_API_KEY", "")
+
+
+@contextmanager
+def using_store(url: str) -> Iterator[None]:
+    """Name an S3-compatible store on this machine to this process and its children while the block runs."""
+    named = {**dict.fromkeys(STORE_URLS, url), **STORE_KEYS}
+    before = {key: os.environ.get(key) for key in named}
+    os.environ.update(named)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -22,6 +22,12 @@ def export(engine: Engine, line: str) -> bytes:
     with database.transaction(engine) as tx:
         (whole,) = _rows(tx, lines, lines.c.name == line)
         found = {table.name: _rows(tx, table, table.c.line == line) for table in TABLES}
+    places = {row["id"]: place for place, row in enumerate(found["experts"], 1)}  # ids are this ledger's alone
+    for rows in found.values():
+        for place, row in enumerate(rows, 1):
+            row["id"] = place
+    for row in found["merges"]:
+        row["expert_id"] = places.get(row["expert_id"])
     text = json.dumps({"format": FORMAT, "line": whole, **found}, sort_keys=True, allow_nan=False)
     return gzip.compress(text.encode(), mtime=0)
 

@@ -480,10 +480,14 @@ def other_architecture(path):
 @pytest.mark.parametrize(
     ("file", "spoil", "says"),
     [
-        (WEIGHTS, cut_off, rf"E_FORMAT version 1, file {WEIGHTS}, tensor \S+: the file is cut off"),
-        ("config.json", broken, "E_FORMAT version 1, file config.json: the JSON is not valid"),
-        ("config.json", other_architecture, "E_CONFIG version 1, file config.json: the architecture is unknown"),
-        ("foldin/manifest.json", broken, "E_FORMAT version 1, file manifest.json: the JSON is not valid"),
+        (WEIGHTS, cut_off, rf"E_FORMAT line tiny, version 1, file {WEIGHTS}, tensor \S+: the file is cut off"),
+        ("config.json", broken, "E_FORMAT line tiny, version 1, file config.json: the JSON is not valid"),
+        (
+            "config.json",
+            other_architecture,
+            "E_CONFIG line tiny, version 1, file config.json: the architecture is unknown",
+        ),
+        ("foldin/manifest.json", broken, "E_FORMAT line tiny, version 1, file manifest.json: the JSON is not valid"),
     ],
     ids=["weights", "configuration", "architecture", "manifest"],
 )

@@ -174,21 +174,21 @@ def test_rollback_verifies_its_target_and_leaves_the_champion_when_it_is_damaged
 
 
 def test_a_fold_that_began_before_a_rollback_can_never_promote(at, zoo, monkeypatch):
-    from flows import merge
+    from flows import recording
     from flows.rollback import rollback
 
     config = str(at.config.folder / "foldin.toml")
     register(at, zoo / "expert-1", "task-1")
     look(at)
     register(at, zoo / "expert-2", "task-2")
-    original = merge.register
+    original = recording.register
 
     def rolled_back_meanwhile(*arguments):
         version = original(*arguments)
         rollback("tiny", "meanwhile", 1, "ann", config)
         return version
 
-    monkeypatch.setattr(merge, "register", rolled_back_meanwhile)
+    monkeypatch.setattr(recording, "register", rolled_back_meanwhile)
     with pytest.raises(FoldinError, match="E_FENCED"):
         look(at)
     monkeypatch.undo()
@@ -445,13 +445,13 @@ def test_a_version_whose_source_nobody_serves_is_set_aside_and_the_next_is_folde
 
 
 def test_a_full_disk_is_not_the_experts_fault(at, zoo, monkeypatch):
-    from flows import merge
+    from flows import recording
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     register(at, zoo / "expert-1", "task-1")
-    monkeypatch.setattr(merge, "write_report", full)
+    monkeypatch.setattr(recording, "write_report", full)
     for _ in range(4):
         with pytest.raises(FoldinError, match=r"E_SYSTEM .*No space left on device"):
             look(at)
@@ -481,7 +481,7 @@ def test_too_many_open_files_are_not_the_experts_fault(at, zoo, monkeypatch, no_
     look(at)
     register(at, zoo / "expert-1", "task-1")
     no_files_left()
-    with pytest.raises(FoldinError, match=r"E_SYSTEM the system refused something"):
+    with pytest.raises(FoldinError, match=r"E_SYSTEM line tiny: the system refused something"):
         look(at)
     monkeypatch.undo()
     assert at.ledger.experts("tiny")[0].attempts == 0
