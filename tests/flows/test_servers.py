@@ -15,7 +15,12 @@ from registry import database, far
 from registry.files import sha256_file
 from registry.objects import Objects
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    # The verbs run in this process here; they leave their connections to its end.
+    pytest.mark.filterwarnings("ignore:.*psycopg.Connection:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:.*BaseConnection.__del__:pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")
