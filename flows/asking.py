@@ -25,27 +25,49 @@ def status(options: dict[str, Any], line: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("line")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="The facts as JSON.")
+@click.option("--mermaid", "as_mermaid", is_flag=True, help="The tree as a Mermaid flowchart.")
 @click.pass_obj
-def log(options: dict[str, Any], line: str, as_json: bool) -> None:
-    """The lineage of LINE: its versions as a tree, the experts it refused, the moves of its champion."""
+def log(options: dict[str, Any], line: str, as_json: bool, as_mermaid: bool) -> None:
+    """The lineage of LINE: its versions as a tree with what it refused, and the moves of its champion."""
+    from flows.mermaid import mermaid
     from flows.printing import print_log
     from flows.reading import log as read
 
-    answer(read(house_of(options), line), as_json, print_log)
+    facts = read(house_of(options), line)
+    answer(facts, as_json, (lambda found: click.echo(mermaid(found))) if as_mermaid else print_log)
 
 
 @click.command()
 @click.argument("line")
 @click.argument("version", type=int, required=False)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--expert", help="Instead: every version that holds this expert, MODEL vN or its task.")
+@click.option("--json", "as_json", is_flag=True, help="The facts as JSON.")
 @click.pass_obj
-def show(options: dict[str, Any], line: str, version: int | None, as_json: bool) -> None:
+def show(options: dict[str, Any], line: str, version: int | None, expert: str | None, as_json: bool) -> None:
     """One VERSION of LINE (the champion by default): what is in it, how it was judged, how good it is."""
-    from flows.printing import print_show
+    house = house_of(options)
+    from flows.printing import print_holders, print_show
+    from flows.reading import holders
     from flows.reading import show as read
 
-    answer(read(house_of(options), line, version), as_json, print_show)
+    if expert:
+        answer(holders(house, line, expert), as_json, print_holders)
+    else:
+        answer(read(house, line, version), as_json, print_show)
+
+
+@click.command()
+@click.argument("line")
+@click.argument("before", type=int)
+@click.argument("after", type=int)
+@click.option("--json", "as_json", is_flag=True, help="The facts as JSON.")
+@click.pass_obj
+def diff(options: dict[str, Any], line: str, before: int, after: int, as_json: bool) -> None:
+    """What changed from version BEFORE of LINE to AFTER: experts, tasks, layers."""
+    from flows.differing import difference, print_difference
+
+    answer(difference(house_of(options), line, before, after), as_json, print_difference)
 
 
 @click.command()

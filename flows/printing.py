@@ -16,6 +16,7 @@ from rich.tree import Tree
 from evaluation.escape import clean
 
 STYLES = {"folded": "green", "rejected": "red", "quarantined": "red", "pending": "yellow", "rolled-back": "yellow"}
+REFUSED = ("rejected", "quarantined")
 LONG = 100_000  # characters; what foldin itself wrote is not cut
 
 
@@ -52,7 +53,7 @@ def print_log(facts: Mapping[str, Any]) -> None:
     """The tree of versions; then the experts that are in none of them, and the moves of the champion."""
     if facts["versions"]:
         console().print(lineage_tree(facts))
-    outside = [each for each in facts["experts"] if each["state"] not in ("folded", "rolled-back")]
+    outside = [each for each in facts["experts"] if each["state"] in ("pending", "withdrawn")]
     if outside:
         table = _table("expert", "task", "state", "why")
         for each in outside:
@@ -72,13 +73,20 @@ def lineage_tree(facts: Mapping[str, Any]) -> Tree:
 
     The way to the champion runs straight down: 200 folds must not run off the page. At a fork the branches that were
     left come first, one step in; the parent of a version is the one before it at its own depth, or the one it hangs on.
+    Experts that were refused hang, marked x, on the version that they would have been folded into.
     """
     nodes = {node["version"]: node for node in facts["versions"]}
+    refused: dict[int, list[Mapping[str, Any]]] = {}
+    for each in facts["experts"]:
+        if each["state"] in REFUSED:
+            refused.setdefault(each["into"], []).append(each)
     whole = Tree(Text(clean(facts["line"]), style="bold"))
     open_ends = [(facts["versions"][0], whole)] if nodes else []
     while open_ends:
         node, level = open_ends.pop()
         here = level.add(_label(node, facts["champion"]))
+        for each in refused.get(node["version"], ()):
+            here.add(_refused(each))
         *left, straight = sorted((nodes[each] for each in node["children"]), key=_on_the_way) or [None]
         open_ends += [(straight, level)] if straight else []
         open_ends += [(branch, here) for branch in reversed(left)]
@@ -91,6 +99,12 @@ def _when(seconds: float) -> str:
 
 def _on_the_way(node: Mapping[str, Any]) -> bool:
     return bool(node["in_champion"])
+
+
+def _refused(expert: Mapping[str, Any]) -> Text:
+    """An expert below the version that it would have been folded into."""
+    text = f"x  {clean(expert['task'])}  ({clean(expert['name'])})  {expert['state']}: {clean(expert['reason'], 100)}"
+    return Text(text, style="red")
 
 
 def _label(node: Mapping[str, Any], champion: int | None) -> Text:
@@ -187,6 +201,16 @@ def print_replay(facts: Mapping[str, Any]) -> None:
         console().print(scores)
     now = "is champion now" if facts["promoted"] else "is not the champion"
     console().print(_text(f"v{facts['version']} ({facts['verdict']}) {now}. {facts['reason']}".strip(), 1000))
+
+
+def print_holders(facts: Mapping[str, Any]) -> None:
+    """An expert, and the versions that hold it."""
+    held = ", ".join(f"v{each['version']}" for each in facts["versions"]) or "no version"
+    since = facts["in_champion_since"]
+    now = f"in the champion (v{facts['champion']}) since {_when(since)}" if since else "not in the champion"
+    state = f"{facts['state']}: {facts['reason']}" if facts["reason"] else facts["state"]
+    for line in (f"{facts['name']} ({facts['task']}): {state}", f"held by {held}", now):
+        console().print(_text(line, 2000))
 
 
 def _table(*columns: str) -> Table:

@@ -10,7 +10,7 @@ from flows.versions import PAGE_FILE, REPORT_FILE, chain, find_merge, open_versi
 from flows.waiting import decided_by, facts_of, state_of
 from flows.wiring import House, is_dead
 from registry.files import read_json
-from registry.lineage import Node, tree
+from registry.lineage import Node, ancestry, met, parents_of, tree
 from registry.records import Event, Expert, ExpertState, FoldinError, Refusal
 
 SCORE = ("metric", "value", "split", "examples")
@@ -40,11 +40,12 @@ def log(house: House, name: str) -> dict[str, Any]:
     current = set(chain(house, name, champion)) if champion else set()
     merges = house.ledger.merges(name)
     states = {each.version: state_of(house, each) for each in merges if each.version is not None}
+    places = met(merges, experts)
     return {
         "line": name,
         "champion": champion,
         "versions": [{**_node(node, current), "state": states[node.version]} for node in tree(merges, experts)],
-        "experts": [expert_facts(each) for each in experts],
+        "experts": [{**expert_facts(each), "into": places[each.id]} for each in experts],
         "events": [event_facts(each) for each in house.ledger.events(name)],
     }
 
@@ -77,6 +78,23 @@ def show(house: House, name: str, number: int | None) -> dict[str, Any]:
         "folder": str(version.folder),
         "report": str(version.folder / PAGE_FILE),
     }
+
+
+def holders(house: House, name: str, text: str) -> dict[str, Any]:
+    """Every version that holds an expert, and since when the champion has; raises as `find_expert`."""
+    merges, events = house.ledger.merges(name), house.ledger.events(name)
+    known = house.ledger.experts(name)
+    wanted = find_expert(text, known, f"line {name}")
+    mine = {each.id for each in known if (each.model, each.version) == (wanted.model, wanted.version)}
+    parents = parents_of(merges)
+    own = {each.version for each in merges if each.expert_id in mine and each.version is not None}
+    holding = {version for version in parents if own.intersection(ancestry(parents, version))}
+    champion = house.ledger.line(name).champion
+    since = None
+    for event in (each for each in events if each.target is not None):
+        since = (since or event.at) if event.target in holding else None
+    facts = [{"version": version, "parent": parents[version]} for version in sorted(holding)]
+    return {**expert_facts(wanted), "versions": facts, "champion": champion, "in_champion_since": since}
 
 
 def page_of(house: House, name: str, text: str) -> Path:

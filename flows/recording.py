@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from flows import showing
 from flows.admission import Admitted
+from flows.card import CARD_FILE
 from flows.folding import Candidate
 from flows.judging import Judged
 from flows.publishing import metrics_of, register, show, write_version_manifest
@@ -34,6 +35,7 @@ def recorded(work: Work, admitted: Admitted, judged: Judged) -> tuple[Merge, "Re
 def registered(work: Work, merge: Merge, candidate: Candidate, record: "Record") -> Merge:
     """The merge with the version that its candidate was registered as, manifest last."""
     at, line, key = work.house, work.lease.line, merge.merge_key
-    write_version_manifest(candidate.folder, line, key, work.parent, merge.verdict, candidate.files, far=bool(at.far))
+    known = {name: digest for name, digest in candidate.files.items() if name != CARD_FILE}  # it was the base's
+    write_version_manifest(candidate.folder, line, key, work.parent, merge.verdict, known, far=bool(at.far))
     version, manifest = register(at, line, key, merge.run_id, candidate.folder, metrics_of(record), work.expert.name)
     return replace(merge, version=version, manifest_sha256=manifest)

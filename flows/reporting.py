@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.card import CARD_FILE, card
 from flows.config import LineConfig
 from flows.judging import Judged
 from flows.scoring import known_tasks
@@ -33,6 +34,7 @@ def write_report(house: House, settings: LineConfig, parent: Version, line: str,
     title, timeless = f"{line}: {judged.candidate.memory.experts[-1].task}", record._replace(seconds={})
     write_json(folder / REPORT_FILE, as_json(timeless))
     write_plots(timeless, folder / PLOTS)
+    write_atomic(folder / CARD_FILE, card(line, parent, judged.candidate.memory, timeless).encode())
     drawn = pictures(record)
     write_atomic(folder / PAGE_FILE, as_html(timeless, title, drawn).encode())
     write_atomic(folder.parent / Path(PAGE_FILE).name, as_html(record, title, drawn).encode())

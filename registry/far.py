@@ -111,7 +111,7 @@ def mirror(uri: str, folder: Path, seen: Path, *, ours: bool = False) -> None:
         if name.endswith(SUFFIX):
             place = Place(uri, shown(name), "rename the object")
             raise place.refuse("E_PATH", "the name is kept for foldin's own lists")
-    large = {name: each for name, each in found.items() if name.endswith(".safetensors") and each.size >= SMALL}
+    large = {name: each for name, each in found.items() if _stays(name) and each.size >= SMALL}
     here = {name: each for name, each in found.items() if name not in large}
     folder.mkdir(parents=True, exist_ok=True)
     for path in [path for path in folder.rglob("*") if path.is_file()]:
@@ -134,6 +134,11 @@ def kept_at(far: Far, prefix: str) -> Far:
     if there is None or there.size != far.size:
         there = store().copy(far.stored, uri)
     return far._replace(uri=uri, etag=there.etag)
+
+
+def _stays(name: str) -> bool:
+    """Whether a large file may stay in the store; heads are copied from version to version, so they are brought."""
+    return name.endswith(".safetensors") and not name.startswith("heads/")
 
 
 def _brought(folder: Path) -> dict[str, Object]:

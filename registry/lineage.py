@@ -48,6 +48,22 @@ def tree(merges: Iterable[Merge], experts: Iterable[Expert]) -> tuple[Node, ...]
     )
 
 
+def met(merges: Iterable[Merge], experts: Iterable[Expert]) -> dict[int, int | None]:
+    """Expert id -> the version that it met: it was folded into that, or would have been when it was refused.
+
+    An expert that was set aside before it was folded met what the one before it had left. None while none did.
+    """
+    folded = {merge.expert_id: merge for merge in merges if merge.parent is not None}
+    first = next((merge.version for merge in merges if merge.parent is None), None)
+    found: dict[int, int | None] = {}
+    newest = first
+    for expert in experts:
+        mine = folded.get(expert.id)
+        found[expert.id] = mine.parent if mine else newest
+        newest = mine.version or newest if mine else newest
+    return found
+
+
 def open_moves(events: Iterable[Event]) -> tuple[Event | None, list[Event]]:
     """The newest move of the champion, and the older ones whose alias was never seen on its target.
 

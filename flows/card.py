@@ -1,0 +1,94 @@
+"""README.md of a version: what is in it, how good it is, how to load it, with Hugging Face's metadata on top.
+
+Facts only, and no dates: equal versions have equal cards. https://huggingface.co/docs/hub/model-cards
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from evaluation.escape import clean
+from flows.versions import Memory, Version
+
+if TYPE_CHECKING:
+    from evaluation.report import Record
+
+CARD_FILE = "README.md"
+
+
+def card(line: str, parent: Version, memory: Memory, record: "Record") -> str:
+    """The card of a version that was folded into `parent`; whatever strangers named is escaped."""
+    parts = [
+        *_metadata(memory),
+        f"# {_plain(line)}",
+        "",
+        f"A merge of {len(memory.experts)} fine-tuned experts of one base, folded one after the other by "
+        f"[foldin](https://pypi.org/project/foldin/) with `{_plain(memory.method)}`{_parameters(memory)}.",
+        "It loads with transformers' `from_pretrained`; nothing of foldin is needed.",
+        "",
+        *_experts(memory),
+        *_scores(record),
+        "## Lineage",
+        "",
+        *(f"- {_plain(name)}: `{_plain(text)}`" for name, text in _lineage(parent, memory).items()),
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _metadata(memory: Memory) -> Iterator[str]:
+    yield "---"
+    yield "library_name: transformers"
+    yield "tags: [merge, foldin, continual-merging]"
+    models = sorted({expert.model for expert in memory.experts})
+    yield f"base_model_relation: merge  # of {json.dumps(models)}"
+    yield "---"
+
+
+def _experts(memory: Memory) -> Iterator[str]:
+    yield "## Experts, in the order of folding"
+    yield ""
+    yield "| | expert | task | weight | weights, SHA-256 |"
+    yield "|---|---|---|---|---|"
+    for place, each in enumerate(memory.experts, 1):
+        name = f"{_plain(each.model)} v{each.version}"
+        yield f"| {place} | {name} | {_plain(each.task)} | {each.weight:g} | `{each.weights_sha256[:16]}` |"
+    yield ""
+
+
+def _scores(record: "Record") -> Iterator[str]:
+    scores = {name: each for name, each in record.report.scores.items() if not each.error}
+    if not scores:
+        return
+    yield "## How good it is"
+    yield ""
+    yield "| task | metric | value | rows |"
+    yield "|---|---|---|---|"
+    for name, each in scores.items():
+        yield f"| {_plain(name)} | {each.metric} | {each.value:.3f} | {each.examples} |"
+    verdict = record.verdict
+    if verdict is not None:
+        yield ""
+        yield f"The gate: {verdict.outcome}{f' ({_plain(verdict.reason, 400)})' if verdict.reason else ''}."
+    yield ""
+
+
+def _parameters(memory: Memory) -> str:
+    told = ", ".join(f"{key} = {value}" for key, value in memory.parameters.items())
+    return f" ({_plain(told)})" if told else ""
+
+
+def _lineage(parent: Version, memory: Memory) -> Mapping[str, str]:
+    return {
+        "parent": f"v{parent.number}",
+        "parent's manifest": parent.manifest_sha256,
+        "base weights": memory.base_sha256,
+        "weights": memory.weights_sha256,
+        "numerics profile": ", ".join(f"{key} {value}" for key, value in memory.profile.items()),
+        "everything": "foldin/manifest.json, foldin/state.json and foldin/report.json",
+    }
+
+
+def _plain(text: str, limit: int = 200) -> str:
+    """A stranger's words as text: no markup, no link, no end of a table's cell."""
+    return "".join(f"\\{mark}" if mark in r"\`*_{}[]()<>#|!&" else mark for mark in clean(str(text), limit))
