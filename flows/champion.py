@@ -11,7 +11,9 @@ from registry.records import Event, FoldinError, Lease, Refusal
 Told = Callable[[str], None]
 
 # Why a version may not be champion. Anything else (a server that is away, a full disk) says nothing about it.
-UNFIT = frozenset({"E_VERSION", "E_GATE", "E_DIGEST", "E_SIGNATURE", "E_SOURCE", "E_FILETYPE", "E_UNREACHABLE"})
+UNFIT = frozenset(
+    {"E_VERSION", "E_GATE", "E_RETIRED", "E_DIGEST", "E_SIGNATURE", "E_SOURCE", "E_FILETYPE", "E_UNREACHABLE"}
+)
 
 
 def follow(house: House, lease: Lease, move: Event) -> None:

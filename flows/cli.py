@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from flows.asking import diff, log, report, score, show, status
-from flows.people import approve, reject, replay, requeue, rollback
+from flows.people import approve, gc, reject, replay, requeue, rollback
 from flows.telling import busy, say
 from flows.verb import fail, finish, house_of, prefect_for, prepared
 
@@ -200,7 +200,7 @@ def ui(options: dict[str, Any], prefect_port: int, mlflow_port: int) -> None:
         threading.Event().wait()
 
 
-for verb in (status, log, show, diff, score, report, approve, reject, rollback, replay, requeue):
+for verb in (status, log, show, diff, score, report, approve, reject, rollback, replay, requeue, gc):
     cli.add_command(verb)
 
 

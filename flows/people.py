@@ -17,6 +17,7 @@ def _words(context: click.Context, option: click.Parameter, text: str) -> str:
     return text
 
 
+KEEP = 5  # as in flows.collecting, which takes long to import
 because = click.option("--because", required=True, callback=_words, help="Why; kept in the line's history.")
 
 
@@ -94,6 +95,27 @@ def replay(
 
     answer(facts, as_json, print_replay)
     sys.exit(0 if facts["verdict"] == "passed" else REJECTED)
+
+
+@click.command()
+@click.argument("line")
+@click.option(
+    "--keep", default=KEEP, show_default=True, help="Folds behind the champion, and newest versions, that stay."
+)
+@click.option("--yes", is_flag=True, help="Do it; without, only say what would go.")
+@click.option("--because", default="foldin gc", help="Kept in the line's history.")
+@click.option("--json", "as_json", is_flag=True, help="The facts as JSON.")
+@click.pass_obj
+def gc(options: dict[str, Any], line: str, keep: int, yes: bool, because: str, as_json: bool) -> None:
+    """What of LINE takes room and nobody needs; with --yes it goes."""
+    house = house_of(options)
+    from flows.collecting import collect, collectable, sizes
+    from flows.printing import print_garbage
+
+    stored = sizes(house, line)
+    items = collect(house, line, keep, because, getpass.getuser()) if yes else collectable(house, line, keep)
+    facts = {"line": line, "versions": stored, "items": [each._asdict() for each in items], "done": yes}
+    answer(facts, as_json, print_garbage)
 
 
 @click.command()

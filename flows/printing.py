@@ -109,7 +109,7 @@ def _refused(expert: Mapping[str, Any]) -> Text:
 
 def _label(node: Mapping[str, Any], champion: int | None) -> Text:
     content = f"+ {clean(node['task'])}  ({clean(node['expert'])})" if node["expert"] else "base"
-    text = f"v{node['version']}  {content}"
+    text = f"v{node['version']}  {content}{', retired' if node.get('retired') else ''}"
     if node["version"] == champion:
         return Text(f"{text}  <- champion", style="bold green")
     if node["state"] == "needs-approval":
@@ -201,6 +201,22 @@ def print_replay(facts: Mapping[str, Any]) -> None:
         console().print(scores)
     now = "is champion now" if facts["promoted"] else "is not the champion"
     console().print(_text(f"v{facts['version']} ({facts['verdict']}) {now}. {facts['reason']}".strip(), 1000))
+
+
+def print_garbage(facts: Mapping[str, Any]) -> None:
+    """Bytes of every version, and what may go."""
+    table = _table("version", "bytes")
+    for version, size in facts["versions"].items():
+        table.add_row(f"v{version}", f"{size:,}")
+    console().print(table)
+    items = _table("removed" if facts["done"] else "would go", "", "bytes", "why")
+    for each in facts["items"]:
+        items.add_row(each["kind"], _text(each["name"], LONG), f"{each['size']:,}", each["why"])
+    whole = sum(each["size"] for each in facts["items"])
+    if facts["items"]:
+        console().print(items)
+    done = "removed" if facts["done"] else "may go; --yes removes them" if facts["items"] else "may go"
+    console().print(f"{len(facts['items'])} things, {whole:,} bytes, {done}.")
 
 
 def print_holders(facts: Mapping[str, Any]) -> None:

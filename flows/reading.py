@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.naming import find_expert
-from flows.versions import PAGE_FILE, REPORT_FILE, chain, find_merge, open_version
+from flows.versions import PAGE_FILE, REPORT_FILE, chain, find_merge, open_version, retired
 from flows.waiting import decided_by, facts_of, state_of
 from flows.wiring import House, is_dead
 from registry.files import read_json
@@ -40,11 +40,14 @@ def log(house: House, name: str) -> dict[str, Any]:
     current = set(chain(house, name, champion)) if champion else set()
     merges = house.ledger.merges(name)
     states = {each.version: state_of(house, each) for each in merges if each.version is not None}
-    places = met(merges, experts)
+    places, gone = met(merges, experts), retired(house, name)
     return {
         "line": name,
         "champion": champion,
-        "versions": [{**_node(node, current), "state": states[node.version]} for node in tree(merges, experts)],
+        "versions": [
+            {**_node(node, current), "state": states[node.version], "retired": node.version in gone}
+            for node in tree(merges, experts)
+        ],
         "experts": [{**expert_facts(each), "into": places[each.id]} for each in experts],
         "events": [event_facts(each) for each in house.ledger.events(name)],
     }

@@ -21,7 +21,8 @@ def rebuild(house: House) -> list[str]:
     for line in lost:
         document = read(house.mlflow.runs.history(line), line)
         versions = {row["version"]: row for row in document["merges"] if row["version"] is not None}
-        for version in sorted(versions):
+        gone = {row["because"].partition(":")[0] for row in document["events"] if row["kind"] == "retired"}
+        for version in sorted(each for each in versions if f"v{each}" not in gone):
             _check(house, line, version, versions)
         house.ledger.restore(document)
         say(f"line {line}: {len(versions)} versions and {len(document['experts'])} experts put back from MLflow")

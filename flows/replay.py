@@ -22,7 +22,7 @@ from flows.recording import recorded, registered
 from flows.scoring import Bench, Subject, known_tasks, score, task_of
 from flows.starting import check_settings
 from flows.telling import bar, say
-from flows.versions import Version, chain, find_merge, open_version
+from flows.versions import Version, chain, find_merge, open_version, retired
 from flows.wiring import House, house
 from flows.work import work_on
 from registry.records import Decision, Expert, FoldinError, Lease, Merge, Refusal
@@ -133,13 +133,14 @@ def grow(at: House, settings: LineConfig, lease: Lease, champion: Version, kept:
 
 def beginning(at: House, line: str, champion: int, wanted: Sequence[int]) -> tuple[Version, int]:
     """The newest ancestor whose experts are the first of those wanted, and how many it holds."""
-    held, found = list[int | None](), (0, 0)
+    held, found, gone = list[int | None](), (0, 0), retired(at, line)
     for number in reversed(chain(at, line, champion)):
         expert = find_merge(at, line, number).expert_id
         held += [expert] if expert is not None else []
         if held != list(wanted[: len(held)]):
             break
-        found = (number, len(held))
+        if number not in gone:
+            found = (number, len(held))
     return open_version(at, line, found[0]), found[1]
 
 

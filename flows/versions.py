@@ -138,10 +138,16 @@ def verified(house: House, line: str, number: int, *, whole: bool = True) -> tup
         FoldinError: E_DIGEST naming the file that differs, or E_VERSION when foldin never registered it.
     """
     merge = find_merge(house, line, number)
+    if number in retired(house, line):
+        what, remedy = (
+            "the version was retired, its files are gone",
+            f"choose one that `foldin log {line}` shows with files",
+        )
+        raise FoldinError(Refusal("E_RETIRED", what, f"{line} v{number}", remedy=remedy))
     folder = house.mlflow.folder(line, number)
     where = f"{line} v{number}"
     if whole:
-        house.mlflow.look_again(folder)
+        house.mlflow.files.look_again(folder)
     manifest = sha256_file(folder / MANIFEST) if (folder / MANIFEST).exists() else ""
     wrong = verify_manifest(folder) if manifest == merge.manifest_sha256 else [_other_manifest(where, merge, manifest)]
     if wrong:
@@ -154,6 +160,12 @@ def history(version: Version, name: str) -> list[dict[str, float]]:
     from evaluation.report import rows_in
 
     return rows_in(read_json(version.folder / REPORT_FILE, version.where), name, f"report of {version.where}")
+
+
+def retired(house: House, line: str) -> set[int]:
+    """The versions whose files were given up (`foldin gc`)."""
+    reasons = (event.because for event in house.ledger.events(line) if event.kind == "retired")
+    return {int(reason.partition(":")[0].removeprefix("v")) for reason in reasons}
 
 
 def find_merge(house: House, line: str, number: int) -> Merge:

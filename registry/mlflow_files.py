@@ -50,6 +50,21 @@ class Files:
                 return None
             return Path(artifacts.download_artifacts(name, str(folder)))
 
+    def there(self, line: str, version: int) -> bool:
+        """Whether anything lies behind a version."""
+        with self._link.reached():
+            uri = self._link.client.get_model_version_download_uri(line, str(version))
+            return bool(get_artifact_repository(uri).list_artifacts())
+
+    def remove(self, line: str, version: int) -> None:
+        """Remove what lies behind a version, and what was brought here of it."""
+        with self._link.reached():
+            uri = self._link.client.get_model_version_download_uri(line, str(version))
+            get_artifact_repository(uri).delete_artifacts()
+        known = self._cache / "versions" / line / str(version)
+        shutil.rmtree(known, ignore_errors=True)
+        note_far(known, {})
+
     def upload(self, model: LoggedModel, folder: Path) -> None:
         """Every file, the manifest last: a version without one was never finished. Then all of it is read back."""
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -25,7 +25,7 @@ class MlflowStore:
         """Talk to one MLflow; new experiments put their artifacts below `artifact_root`; downloads go to `cache`."""
         self._link = Link(tracking_uri, artifact_root)
         self._client, self._reached = self._link.client, self._link.reached
-        self._files = Files(self._link, cache)
+        self.files = Files(self._link, cache)
         self.runs = Runs(self._link)
 
     # experts
@@ -63,7 +63,7 @@ class MlflowStore:
         Raises:
             FoldinError: E_SOURCE when there is nothing at the source.
         """
-        return self._files.expert(expert.model, expert.version)
+        return self.files.expert(expert.model, expert.version)
 
     # a line's versions
 
@@ -116,11 +116,12 @@ class MlflowStore:
         Raises:
             FoldinError: E_SOURCE when there is nothing at the source.
         """
-        return self._files.version(line, version)
+        return self.files.version(line, version)
 
-    def look_again(self, folder: Path) -> None:
-        """Read whatever of a version's folder lies in S3 whole, before its manifest is compared."""
-        self._files.look_again(folder)
+    def retire(self, line: str, version: int) -> None:
+        """Remove the files behind a version; it stays registered, and says so."""
+        self.label(line, version, {"foldin.state": "retired"})
+        self.files.remove(line, version)
 
     def versions(self, line: str) -> list[int]:
         """The numbers of a line's registered versions, ascending."""
@@ -161,7 +162,7 @@ class MlflowStore:
         with self._reached():
             model = self._logged_model(line, merge_key, run_id, labels)
             if str(model.status) != "READY":
-                self._files.upload(model, folder)
+                self.files.upload(model, folder)
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
                 self._client.finalize_logged_model(model.model_id, "READY")
             labels = {
@@ -193,7 +194,7 @@ class MlflowStore:
 
     def signature(self, line: str, version: int, folder: Path) -> Path | None:
         """A version's signature as it is stored now, downloaded into a folder; None when there is none."""
-        return self._files.single(line, version, SIGNATURE, folder)
+        return self.files.single(line, version, SIGNATURE, folder)
 
     def attach(self, line: str, version: int, path: Path) -> None:
         """Put one file beside those of a version; an older one of the same name is replaced."""
