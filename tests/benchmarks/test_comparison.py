@@ -88,6 +88,7 @@ def start(*arguments):
 
 
 @pytest.mark.integration
+@pytest.mark.chaos
 def test_the_step_benchmark_prints_one_json_object(tmp_path):
     finished = start("benchmarks.step", "--quick", "--json", "--threads", "1", "--keep", str(tmp_path))
     assert finished.returncode == 0, finished.stderr

@@ -25,6 +25,7 @@ def told(name, *arguments):
 
 
 @pytest.mark.integration
+@pytest.mark.chaos
 def test_adapters_agree_with_their_dense_twins():
     facts = told("adapters")
     assert facts["sides"].keys() == {"adapter", "densified", "adapter, served", "densified, served"}
@@ -33,6 +34,7 @@ def test_adapters_agree_with_their_dense_twins():
 
 
 @pytest.mark.integration
+@pytest.mark.chaos
 def test_every_number_of_workers_writes_the_same_bytes(tmp_path):
     facts = told("parallel", "--workers", 1, 3, "--keep", tmp_path)
     assert facts["sides"].keys() == {"1 worker", "3 workers"}
@@ -42,6 +44,7 @@ def test_every_number_of_workers_writes_the_same_bytes(tmp_path):
 
 
 @pytest.mark.integration
+@pytest.mark.chaos
 def test_scaling_draws_experts_and_sizes(tmp_path):
     facts = told("scaling", "--plot", tmp_path / "plot.png", "--keep", tmp_path / "models")
     assert facts["experts"].keys() == facts["sizes"].keys() == {"average", "opcm"}

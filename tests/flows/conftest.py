@@ -94,6 +94,8 @@ def verbs(capsys, prefect):
 
     def of(toml):
         def run(*arguments):
+            if house.cache_info().currsize:
+                house(str(toml)).ledger.close()
             house.cache_clear()
             capsys.readouterr()
             code = 0

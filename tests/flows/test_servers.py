@@ -82,6 +82,7 @@ def test_from_registering_to_replay_without_a_copy_of_any_weights_here(toml, zoo
     assert at.mlflow.folder(line, 3).is_relative_to(at.config.home / "downloads")
 
 
+@pytest.mark.chaos
 def test_the_bytes_are_those_of_an_embedded_line(toml, zoo, tmp_path_factory, furnish):
     path, line = toml
     folded(path, line, zoo, 1, 2)

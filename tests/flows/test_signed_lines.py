@@ -157,7 +157,7 @@ def test_a_version_whose_every_record_was_changed_is_found_by_its_signature(fold
     with folded.at.ledger._engine.begin() as tx:
         changed = {"sha": sha256_file(folder / MANIFEST)}
         tx.exec_driver_sql("UPDATE merges SET manifest_sha256 = :sha WHERE version = 2", changed)
-    assert folded.findings() == [("E_SIGNATURE", "tiny v2", path.name)]
+    assert ("E_SIGNATURE", "tiny v2", path.name) in folded.findings()
     with pytest.raises(FoldinError, match=r"E_SIGNATURE tiny v2.*changed after it was signed"):
         folded.rollback(2)
     assert folded.champion == 3
@@ -189,7 +189,7 @@ def test_a_run_that_dies_before_it_signs_promotes_nothing_and_the_next_one_goes_
 
     with monkeypatch.context() as dead:
         dead.setattr(MlflowStore, "attach", die)
-        with pytest.raises(FoldinError, match="E_MLFLOW gone"):
+        with pytest.raises(FoldinError, match="E_MLFLOW line tiny: gone"):
             signed.watch()
     assert signed.at.mlflow.versions("tiny") == [1, 2]
     assert not (signed.stored(2) / SIGNATURE).exists()

@@ -253,8 +253,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", length)
             self.end_headers()
             sent = answer if limit is None else answer[:limit]
+            proxy.sent[verb_of(self.command, self.path, self.headers)] += len(sent)  # before anybody can ask
             self.wfile.write(b"" if self.command == "HEAD" else sent)
-            proxy.sent[verb_of(self.command, self.path, self.headers)] += len(sent)
             self.close_connection = self.close_connection or limit is not None
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve

@@ -214,6 +214,7 @@ def test_a_copy_passes_the_store_only(objects, s3, put, kept, monkeypatch):
     assert sum(s3.proxy.received.values()) < 3_000  # the list of the parts
 
 
+@pytest.mark.chaos
 def test_streaming_a_large_file_needs_the_memory_of_a_few_parts(s3, s3_server, tmp_path):
     path, size, part = tmp_path / "large", 300_000_000, 16 * 2**20
     path.touch()
