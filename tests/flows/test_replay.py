@@ -7,7 +7,7 @@ import pytest
 
 from experiments.plain_client import champion as alias
 from experiments.plain_client import register_expert
-from flows.doctor import examine
+from flows.doctor import check_line
 from flows.versions import STATE_FOLDER, open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry.files import hash_tree
@@ -88,7 +88,7 @@ def test_a_replay_is_the_line_that_never_saw_the_expert(at, toml, zoo, wanted, t
     assert at.ledger.experts("tiny") == before
     assert at.ledger.events("tiny")[-1].kind == "replayed"
     assert replayed(at, toml, **wanted)["version"] == facts["version"]  # found again
-    assert examine(at) == []
+    assert list(check_line(at, "tiny")) == []
 
 
 def test_a_replay_that_is_promoted_takes_the_expert_out_and_the_next_one_is_folded_into_it(at, toml, zoo, verbs):
@@ -100,7 +100,7 @@ def test_a_replay_that_is_promoted_takes_the_expert_out_and_the_next_one_is_fold
     assert alias(tracking_uri(at.config), "tiny") == at.ledger.line("tiny").champion == facts["version"]
     assert [str(each.state) for each in at.ledger.experts("tiny")] == ["folded", "rolled-back", "folded"]
     assert "without tiny-experts v2: poisoned" in at.ledger.experts("tiny")[1].reason
-    assert examine(at) == []
+    assert list(check_line(at, "tiny")) == []
     run(toml, zoo, "tiny", (4,))
     memory = open_version(at, "tiny", at.ledger.line("tiny").champion).memory
     assert [each.task for each in memory.experts] == ["task-1", "task-3", "task-4"]
@@ -114,7 +114,7 @@ def test_a_replay_that_is_promoted_takes_the_expert_out_and_the_next_one_is_fold
     assert (code, out.partition(" as ")[0]) == (0, "tiny-experts v4: folded")
     at = house(str(toml))
     assert [str(each.state) for each in at.ledger.experts("tiny")] == ["folded"] * 3 + ["rolled-back", "folded"]
-    assert examine(at) == []
+    assert list(check_line(at, "tiny")) == []
     assert verb("requeue", "tiny", "v4", "--because", "again")[2].startswith(
         "error: E_EXPERT expert tiny-experts v4: the champion holds"
     )
@@ -154,4 +154,4 @@ def test_an_expert_that_was_changed_meanwhile_is_not_folded_again(at, toml, zoo)
         shutil.rmtree(source)
         shutil.move(aside, source)
     assert at.ledger.line("tiny").champion == 4
-    assert examine(at) == []
+    assert list(check_line(at, "tiny")) == []
