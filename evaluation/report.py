@@ -31,6 +31,7 @@ class Record(NamedTuple):
     tries: Sequence[Try] = ()  # of the search, in the order in which they were made
     flips: Sequence[Flip] = ()  # a few answers that turned wrong
     lineage: Mapping[str, str] = {}  # what people ask first: "line", "parent", "expert", "method", ...
+    best: Mapping[str, tuple[float, str]] = {}  # task -> the best accuracy or score so far, and the suite it is of
     seconds: Mapping[str, float] = {}  # rung or "search" -> what it took
 
 
@@ -42,7 +43,7 @@ def as_json(record: Record) -> Json:
             "report": _report(record.report),
             "champion": _report(record.champion) if record.champion else None,
             "verdict": asdict(record.verdict) if record.verdict else None,
-            **{name: getattr(record, name) for name in ("matrix", "perplexities", "summary", "overlap")},
+            **{name: getattr(record, name) for name in ("matrix", "perplexities", "summary", "overlap", "best")},
             "tries": [asdict(each) for each in record.tries],
             "flips": [asdict(each) for each in record.flips],
             "lineage": record.lineage,

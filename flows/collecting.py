@@ -4,18 +4,21 @@ A version is never deleted, only its files: it is retired, stays in MLflow and i
 """
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from flows.champion import reconcile
 from flows.leasing import held
 from flows.telling import say
 from flows.versions import Memory, chain, retired
 from flows.waiting import waiting
 from flows.wiring import House
 from registry.far import far_files
-from registry.records import ExpertState
+from registry.records import ExpertState, FoldinError, Refusal
 
+DAY = 86400.0  # seconds; what is younger may be somebody's work
 KEEP = 5  # ancestors of the champion, and newest versions, whose files stay
 
 
@@ -31,11 +34,17 @@ class Item(NamedTuple):
 def sizes(house: House, line: str) -> dict[int, int]:
     """Version -> bytes of its files, wherever they are; versions that were retired have none."""
     gone = retired(house, line)
-    return {
-        merge.version: _bytes(house.mlflow.folder(line, merge.version)) if merge.version not in gone else 0
-        for merge in house.ledger.merges(line)
-        if merge.version is not None
-    }
+    numbers = [merge.version for merge in house.ledger.merges(line) if merge.version is not None]
+    return {number: _size_of(house, line, number) if number not in gone else 0 for number in numbers}
+
+
+def _size_of(house: House, line: str, version: int) -> int:
+    try:
+        return _bytes(house.mlflow.folder(line, version))
+    except FoldinError as error:
+        if error.refusal.code != "E_SOURCE":
+            raise
+        return 0  # somebody removed it; the doctor says so
 
 
 def collectable(house: House, line: str, keep: int = KEEP) -> list[Item]:
@@ -46,16 +55,20 @@ def collectable(house: House, line: str, keep: int = KEEP) -> list[Item]:
 def collect(house: House, line: str, keep: int, because: str, who: str) -> list[Item]:
     """Remove what may go, and say in the line's history which versions were retired; each step is repeatable."""
     with held(house, line, told=say) as lease:
+        if not reconcile(house, lease, say):
+            what, remedy = house.ledger.line(line).blocked, "move the alias champion to a version that passed first"
+            raise FoldinError(Refusal("E_BLOCKED", what, f"line {line}", remedy=remedy))
         items = collectable(house, line, keep)
         for item in items:
             if item.kind == "version":
                 number = int(item.name.rpartition(" v")[2])
                 if number not in retired(house, line):
                     house.ledger.remark(lease, "retired", f"v{number}: {because}", who)
+                house.ledger.leases.check(lease)
                 house.mlflow.retire(line, number)
-        for item in items:
-            if item.kind in ("copy", "download"):
-                _remove(Path(item.name))
+        for item in [*_downloads(house, line), *_copies(house)]:  # again: retiring takes long
+            house.ledger.leases.check(lease)
+            _remove(Path(item.name))
         if any(item.kind == "upload" for item in items):
             _abort(house)
     return items
@@ -67,8 +80,8 @@ def needed(house: House, line: str, keep: int) -> set[int]:
     ancestors = chain(house, line, champion) if champion else []
     numbers = sorted(merge.version for merge in house.ledger.merges(line) if merge.version is not None)
     current = waiting(house, line)
-    newest = numbers[-keep:] if keep else []
-    kept = {*ancestors[: keep + 1], *numbers[:1], *newest}
+    newest = numbers[-keep:] if keep > 0 else []
+    kept = {*ancestors[: max(keep, 0) + 1], *numbers[:1], *newest, *house.mlflow.aliased(line)}
     return kept | ({current.version} if current and current.version else set())
 
 
@@ -80,8 +93,8 @@ def _versions(house: House, line: str, keep: int) -> Iterator[Item]:
             continue
         if version in gone and not house.mlflow.files.there(line, version):
             continue
-        size = _bytes(house.mlflow.folder(line, version))
-        yield Item("version", f"{line} v{version}", size, f"no champion within {keep} folds, and not among the newest")
+        why = f"no champion within {keep} folds, and not among the newest"
+        yield Item("version", f"{line} v{version}", _size_of(house, line, version), why)
 
 
 def _downloads(house: House, line: str) -> Iterator[Item]:
@@ -98,11 +111,10 @@ def _copies(house: House) -> Iterator[Item]:
     for line in house.ledger.lines():
         if any(each.state is ExpertState.PENDING for each in house.ledger.experts(line.name)):
             return
-        if line.champion is not None:
-            folder = house.mlflow.folder(line.name, line.champion)
-            wanted |= {each.tree_sha256 for each in Memory.read(folder).experts}
+        for version in needed(house, line.name, KEEP) - retired(house, line.name):
+            wanted |= {each.tree_sha256 for each in Memory.read(house.mlflow.folder(line.name, version)).experts}
     for folder in sorted(house.experts.glob("[0-9a-f][0-9a-f]/*")):
-        if folder.is_dir() and folder.name not in wanted:
+        if folder.is_dir() and folder.name not in wanted and _old(folder.stat().st_mtime):
             yield Item("copy", str(folder), _bytes(folder, here=True), "no champion holds it; MLflow has the expert")
 
 
@@ -112,6 +124,8 @@ def _uploads(house: House) -> Iterator[Item]:
         from registry.far import store
 
         for left in store().unfinished(root):
+            if not _old(left.begun):  # somebody may be at it
+                continue
             yield Item("upload", left.uri, 0, "begun and never finished")
 
 
@@ -119,13 +133,21 @@ def _abort(house: House) -> None:
     from registry.far import store
 
     for left in store().unfinished(house.config.registry.artifact_root):
-        store().abort(left)
+        if _old(left.begun):
+            store().abort(left)
+
+
+def _old(seconds: float) -> bool:
+    return seconds < time.time() - DAY
 
 
 def _remove(folder: Path) -> None:
     from registry.far import note_far
 
-    shutil.rmtree(folder, ignore_errors=True)
+    scratch = folder.with_name(f".{folder.name}.tmp")  # gone at once, whoever dies in here; `sweep` knows such names
+    shutil.rmtree(scratch, ignore_errors=True)
+    folder.rename(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
     note_far(folder, {})
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 
@@ -15,6 +16,7 @@ from registry.records import FoldinError, Refusal
 
 # Prefect 3.8 allows newer releases of both, but its server does not start with the first, and its scheduler fails
 # silently with the second.
+DAY = 86400.0  # seconds
 CEILINGS = {"fastapi": (0, 151), "sqlalchemy": (2, 1)}
 
 
@@ -99,7 +101,7 @@ def _check_uploads(house: House, line: str) -> Iterator[Refusal]:
         return
     from registry.far import store
 
-    for left in store().unfinished(root):
+    for left in (each for each in store().unfinished(root) if each.begun < time.time() - DAY):  # else somebody's work
         what, remedy = "a multipart upload was begun and never finished", "end it with `foldin gc --yes`"
         yield Refusal(
             "E_UPLOAD", what, f"line {line}", left.uri.rpartition("/")[2], found=left.upload_id[:12], remedy=remedy

@@ -1,6 +1,5 @@
 """The three rungs of the gate, the cheapest first: what is measured for each, and where the climb ends."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from flows.admission import Admitted
 from flows.folding import Candidate
 from flows.scoring import GATE, Bench, Rows, Subject, Task, known_tasks, score, task_of
 from flows.telling import bar
-from flows.versions import Version, history
+from flows.versions import Version, bests
 from registry.files import shown
 from registry.records import FoldinError, Refusal
 from registry.verdicts import Report, TaskScore, Try, Verdict
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from evaluation.gate import Fold, Rules
 
 POLICY: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}  # the ledger decides what is done
-SAME = 0.005  # two measurements of one model on one suite, on other machines perhaps
 Rung = Callable[["Contest", Candidate], tuple[Verdict, Report, Report]]  # verdict, candidate's report, champion's
 
 
@@ -149,14 +147,11 @@ def both(
 
 
 def best_before(champion: Version, now: Mapping[str, TaskScore]) -> dict[str, float]:
-    """Task -> the best value that the champion or one of its ancestors had.
-
-    Where the champion's own value is not what its report says, the task is measured otherwise since: no history counts.
-    """
-    rows = history(champion, "matrix")
-    known = {name: [row[name] for row in rows if math.isfinite(row.get(name, math.nan))] for name in now}
-    same = {name: bool(rows) and abs(rows[-1].get(name, math.inf) - now[name].value) < SAME for name in now}
-    return {name: max(values) for name, values in known.items() if values and same[name]}
+    """Task -> the best value that the champion or one of its ancestors had on the suite that measures it now."""
+    known = bests(champion)
+    return {
+        name: known[name][0] for name, score in now.items() if name in known and known[name][1] == score.suite_sha256
+    }
 
 
 def _check_measured(champion: Mapping[str, TaskScore], new: str) -> None:

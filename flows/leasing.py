@@ -38,10 +38,12 @@ def held(
         with house.ledger.leases.fenced(lease):
             raise
     finally:
-        stop.set()
-        keeper.join()
-        _remember(house, lease)
-        house.ledger.leases.release(lease)
+        try:
+            _remember(house, lease)
+        finally:
+            stop.set()
+            keeper.join()
+            house.ledger.leases.release(lease)
 
 
 def _remember(house: House, lease: Lease) -> None:
@@ -52,8 +54,8 @@ def _remember(house: House, lease: Lease) -> None:
     try:
         house.ledger.leases.check(lease)
         house.mlflow.runs.keep_history(lease.line, house.ledger.export(lease.line))
-    except FoldinError as error:
-        if error.refusal.code == "E_FENCED":
+    except (FoldinError, OSError) as error:
+        if isinstance(error, FoldinError) and error.refusal.code == "E_FENCED":
             return
         say(f"line {lease.line}: its history was not written to MLflow, the next watch will: {error}")
 

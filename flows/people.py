@@ -100,7 +100,11 @@ def replay(
 @click.command()
 @click.argument("line")
 @click.option(
-    "--keep", default=KEEP, show_default=True, help="Folds behind the champion, and newest versions, that stay."
+    "--keep",
+    type=click.IntRange(min=0),
+    default=KEEP,
+    show_default=True,
+    help="Folds before the champion that stay.",
 )
 @click.option("--yes", is_flag=True, help="Do it; without, only say what would go.")
 @click.option("--because", default="foldin gc", help="Kept in the line's history.")

@@ -1,5 +1,6 @@
 """A lost ledger from what MLflow keeps: the history of each line, held against the versions themselves."""
 
+import json
 from dataclasses import replace
 
 from flows.telling import say
@@ -17,7 +18,7 @@ def rebuild(house: House) -> list[str]:
             that were put back before stay.
     """
     known = {line.name for line in house.ledger.lines()}
-    lost = [line for line in sorted(house.config.lines) if line not in known]
+    lost = [line for line in sorted(house.config.lines) if line not in known and house.mlflow.versions(line)]
     for line in lost:
         document = read(house.mlflow.runs.history(line), line)
         versions = {row["version"]: row for row in document["merges"] if row["version"] is not None}
@@ -40,9 +41,11 @@ def _check(house: House, line: str, version: int, versions: dict[int, dict[str, 
         raise FoldinError(replace(error.refusal, where=where)) from error
     parent = manifest["parent"] or {"version": None, "manifest_sha256": None}
     before = versions.get(parent["version"], {}).get("manifest_sha256")
-    says = (row["manifest_sha256"], row["merge_key"], row["parent"], before)
-    is_ = (found, manifest["merge_key"], parent["version"], parent["manifest_sha256"])
-    for name, expected, got in zip(("manifest", "merge key", "parent", "parent's manifest"), says, is_, strict=True):
+    verdict = json.loads(str(row["verdict"]))["outcome"]
+    says = (row["manifest_sha256"], row["merge_key"], verdict, row["parent"], before)
+    is_ = (found, manifest["merge_key"], manifest["verdict"], parent["version"], parent["manifest_sha256"])
+    names = ("manifest", "merge key", "verdict", "parent", "parent's manifest")
+    for name, expected, got in zip(names, says, is_, strict=True):
         if expected != got:
             what, remedy = f"the version has another {name} than the history says", "restore the ledger from a backup"
             raise FoldinError(

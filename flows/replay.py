@@ -11,8 +11,8 @@ from typing import Any
 
 from prefect import flow
 
-from flows.admission import admit
-from flows.champion import follow, reconcile
+from flows.admission import Admitted, admit
+from flows.champion import check_target, follow, reconcile
 from flows.config import LineConfig
 from flows.leasing import held
 from flows.merge import fold_tensors, judge, surroundings
@@ -22,7 +22,7 @@ from flows.recording import recorded, registered
 from flows.scoring import Bench, Subject, known_tasks, score, task_of
 from flows.starting import check_settings
 from flows.telling import bar, say
-from flows.versions import Version, chain, find_merge, open_version, retired
+from flows.versions import Folded, Version, chain, find_merge, open_version, retired
 from flows.wiring import House, house
 from flows.work import work_on
 from registry.records import Decision, Expert, FoldinError, Lease, Merge, Refusal
@@ -77,6 +77,7 @@ def replay(
         moved = promote and verdict.passed and branch.head.number != champion.number
         told = f"{described(left, order)}: {because}"
         if moved:
+            check_target(at, line, branch.head.number)
             follow(at, lease, at.ledger.move(lease, "replay", branch.head.number, told, who))
         else:
             at.ledger.remark(lease, "replayed", f"v{branch.head.number}, {told}", who)
@@ -124,9 +125,10 @@ def grow(at: House, settings: LineConfig, lease: Lease, champion: Version, kept:
     """Fold what is kept, from the newest ancestor of the champion that holds nothing else."""
     head, done = beginning(at, lease.line, champion.number, [each.id for each in kept])
     start, outcomes = head.number, list[dict[str, Any]]()
+    before = {(each.model, each.version): each for each in champion.memory.experts}
     say(f"{lease.line}: replaying {len(kept) - done} of {len(kept)} experts from v{start}")
     for expert in kept[done:]:
-        head, outcome = fold_beside(at, settings, lease, expert, head)
+        head, outcome = fold_beside(at, settings, lease, expert, before[expert.model, expert.version], head)
         outcomes.append(outcome)
     return Branch(start, head, outcomes)
 
@@ -145,7 +147,7 @@ def beginning(at: House, line: str, champion: int, wanted: Sequence[int]) -> tup
 
 
 def fold_beside(
-    at: House, settings: LineConfig, lease: Lease, expert: Expert, head: Version
+    at: House, settings: LineConfig, lease: Lease, expert: Expert, folded: Folded, head: Version
 ) -> tuple[Version, dict[str, Any]]:
     """The branch with one more expert, registered beside the champion; as it was when the gate rejects it."""
     found = at.mlflow.expert(expert.model, expert.version)
@@ -157,17 +159,17 @@ def fold_beside(
     admitted = admit(at, work.settings, work.base, expert, found)
     if isinstance(admitted, Refusal):
         raise FoldinError(admitted)
-    if admitted.weights_sha256 != expert.digest:
-        what, remedy = "the expert's weights are not those that were folded", "restore them, or leave the expert out"
-        then, now = expert.digest[:12], admitted.weights_sha256[:12]
-        raise FoldinError(Refusal("E_DIGEST", what, f"expert {expert.name}", "", "", then, now, remedy))
+    _check_same(expert, admitted, folded)
     recipe = recipe_of(settings, head.memory)
     candidate = fold_tensors(work, admitted, recipe)
     if isinstance(candidate, Refusal):
         raise FoldinError(candidate)
     judged = judge(work, admitted, candidate, recipe)
     merge, record = recorded(work, admitted, judged)
+    known = at.ledger.merge(merge.merge_key)
+    declined = known is not None and known.decided is Decision.DECLINED
     approved = merge.verdict.outcome is Outcome.WAITING and _approved_before(at, lease.line, expert)
+    approved = approved and not declined
     outcome: dict[str, Any] = {
         "expert": expert.name,
         "state": "rejected",
@@ -183,6 +185,19 @@ def fold_beside(
     shutil.rmtree(judged.candidate.folder.parent, ignore_errors=True)
     say(f"{expert.name}: {outcome['state']}{f' into v{head.number}' if outcome['version'] else ''} beside the champion")
     return head, outcome
+
+
+def _check_same(expert: Expert, admitted: Admitted, folded: Folded) -> None:
+    """Nothing, when an expert is still what was folded: weights, files with its suite, task."""
+    where, remedy = f"expert {expert.name}", "restore it, or leave the expert out"
+    for named, then, now in (
+        ("weights", folded.weights_sha256, admitted.weights_sha256),
+        ("files", folded.tree_sha256, admitted.tree_sha256),
+        ("task", folded.task, admitted.task),
+    ):
+        if then != now:
+            what = f"the expert's {named} are not those that were folded" if named != "task" else "it has another task"
+            raise FoldinError(Refusal("E_DIGEST", what, where, "", "", then[:12], now[:12], remedy))
 
 
 def _approved_before(at: House, line: str, expert: Expert) -> bool:

@@ -1,5 +1,6 @@
 """What people are told of a judged candidate: the record behind report.json, report.html, pictures and answers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from flows.card import CARD_FILE, card
 from flows.config import LineConfig
 from flows.judging import Judged
 from flows.scoring import known_tasks
-from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Memory, Version, history
+from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Memory, Version, bests, history
 from flows.wiring import House
 from registry.files import write_atomic, write_json
 from registry.verdicts import Flip
@@ -63,6 +64,7 @@ def record_of(house: House, settings: LineConfig, parent: Version, line: str, ju
         judged.tries,
         flips_of(house, settings, judged) if last else (),
         lineage_of(line, parent, judged),
+        best_of(parent, judged) if last else bests(parent),
         judged.seconds,
     )
 
@@ -75,6 +77,16 @@ def history_of(parent: Version, judged: Judged) -> tuple[list[Mapping[str, float
             scores = judged.report.scores.items()
             rows.append({task: each.value for task, each in scores if (each.metric == "perplexity") is perplexity})
     return both[0], both[1]
+
+
+def best_of(parent: Version, judged: Judged) -> dict[str, tuple[float, str]]:
+    """The best of each task up to a candidate; where another suite measures it now, what was before counts no more."""
+    found = bests(parent)
+    for task, score in judged.report.scores.items():
+        if score.metric != "perplexity" and math.isfinite(score.value):
+            value, suite = found.get(task, (score.value, ""))
+            found[task] = (max(value, score.value) if suite == score.suite_sha256 else score.value, score.suite_sha256)
+    return found
 
 
 def arrivals(memory: Memory, matrix: Sequence[Mapping[str, float]]) -> dict[str, int]:

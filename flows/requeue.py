@@ -18,12 +18,17 @@ def requeue(at: House, line: str, text: str, because: str, who: str) -> str:
     """
     at.config.line(line)
     with held(at, line, told=say) as lease:
-        expert = find_expert(text, at.ledger.experts(line), f"line {line}")
-        if expert.state is ExpertState.PENDING:
-            raise _refuse(expert.name, "the expert waits already", f"run `foldin watch {line}`")
-        if expert.state is ExpertState.FOLDED:
-            remedy = f"take it out first: foldin replay {line} --without '{expert.name}' --promote"
-            raise _refuse(expert.name, "the champion holds the expert", remedy)
+        known = at.ledger.experts(line)
+        expert = find_expert(text, known, f"line {line}")
+        same = [each for each in known if each.name == expert.name or (each.digest and each.digest == expert.digest)]
+        states = {each.state: each for each in same}
+        if ExpertState.PENDING in states:
+            what = f"{states[ExpertState.PENDING].name} waits already"
+            raise _refuse(expert.name, what, f"run `foldin watch {line}`")
+        if ExpertState.FOLDED in states:
+            name = states[ExpertState.FOLDED].name
+            remedy = f"take it out first: foldin replay {line} --without '{name}' --promote"
+            raise _refuse(expert.name, f"the champion holds {name}, with the same weights", remedy)
         return at.ledger.requeue(lease, expert, because, who).name
 
 

@@ -162,6 +162,12 @@ def history(version: Version, name: str) -> list[dict[str, float]]:
     return rows_in(read_json(version.folder / REPORT_FILE, version.where), name, f"report of {version.where}")
 
 
+def bests(version: Version) -> dict[str, tuple[float, str]]:
+    """Task -> the best accuracy or score of a version and its ancestors, and the identity of the suite it is of."""
+    found = read_json(version.folder / REPORT_FILE, version.where).get("best", {})
+    return {name: (float(value), str(suite)) for name, (value, suite) in found.items()}
+
+
 def retired(house: House, line: str) -> set[int]:
     """The versions whose files were given up (`foldin gc`)."""
     reasons = (event.because for event in house.ledger.events(line) if event.kind == "retired")

@@ -57,10 +57,13 @@ class House:
 @cache
 def house(config_file: str) -> House:
     """The house of a foldin.toml, opened once a process."""
+    from registry.far import trust
     from registry.ledger import Ledger
     from registry.mlflow_store import MlflowStore
 
     config = load(Path(config_file))
+    for folder in ("downloads", "experts"):
+        trust(config.home / folder)
     return House(
         config,
         Ledger(ledger_url(config), patience=30.0),

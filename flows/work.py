@@ -1,5 +1,6 @@
 """What one merge works with, and what it is called."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 from flows.admission import Admitted
 from flows.config import LineConfig
 from flows.scoring import own_suites
-from flows.versions import Version, chain, open_version
+from flows.versions import Version, chain, open_version, retired
 from flows.wiring import House, merge_key
 from registry.records import Expert, ExpertVersion, Lease
 
@@ -29,7 +30,13 @@ class Work(NamedTuple):
         expert = f"{self.expert.name}:{admitted.tree_sha256}"  # registered again, the same files are judged anew
         suites = {**self.suites, admitted.task: admitted.suite.sha256}
         parts = (self.parent.manifest_sha256, expert, admitted.task, suites)
-        return merge_key(self.lease.line, *parts, self.settings, admitted.weight)
+        key, gone = (
+            merge_key(self.lease.line, *parts, self.settings, admitted.weight),
+            retired(self.house, self.lease.line),
+        )
+        while (known := self.house.ledger.merge(key)) and known.version in gone:
+            key = hashlib.sha256(f"{key}:again".encode()).hexdigest()  # the files of the last one are gone
+        return key
 
     def scratch(self, admitted: Admitted) -> Path:
         """The folder of this merge alone."""

@@ -1,9 +1,10 @@
 """Weights that stay in an S3-compatible store: a local folder with everything else, and a list of what is far.
 
-The list lies beside the folder, where nothing that comes from a stranger can be put: `downloads/versions/demo/3` and
-`downloads/versions/demo/3.far.json`. A far file is known by its etag, which every request names, and by SHA-256: of the
-whole, and of each tensor, taken in one pass when the file is first seen. So it is read whole once, and after that by
-tensors, each of which is compared with its digest; no copy of it is made here.
+The list lies beside the folder, `downloads/versions/demo/3` and `downloads/versions/demo/3.far.json`, and is believed
+only below folders of foldin's own (`trust`), where nothing that comes from a stranger can be put. A far file is known
+by its etag, which every request names, and by SHA-256: of the whole, and of each tensor, taken in one pass when the
+file is first seen. So it is read whole once, and after that by tensors, each of which is compared with its digest; no
+copy of it is made here.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ SMALL = 2**20  # bytes; what is smaller is brought here, weights or not
 LOOKS = 3  # at bytes that are not what they were: a bit may have flipped on the way
 AHEAD = 4  # tensors on their way at a time
 NOTHING_HERE: Mapping[str, Object] = MappingProxyType({})
+_trusted: set[Path] = set()
 _coming: dict[tuple[Object, int, int], "Future[bytearray]"] = {}
 _coming_lock = threading.Lock()
 
@@ -65,8 +67,15 @@ def _bringers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(AHEAD, "foldin-far")
 
 
+def trust(folder: Path) -> None:
+    """Believe the lists below a folder of foldin's own; beside any other folder a stranger may have put one."""
+    _trusted.add(folder.absolute())
+
+
 def far_files(folder: Path) -> dict[str, Far]:
     """Path below the folder -> what is far of it; {} where everything is here."""
+    if _trusted.isdisjoint(folder.absolute().parents):
+        return {}
     for root in (folder, *folder.parents[:2]):
         path = _list_of(root)
         if path.is_file():
@@ -79,6 +88,11 @@ def far_files(folder: Path) -> dict[str, Far]:
 def names_in(folder: Path, where: str = "") -> list[str]:
     """Every file of a folder, here or far; raises as `files.walk`."""
     return sorted({*(name for name, _ in walk(folder, where)), *far_files(folder)})
+
+
+def is_mirror(folder: Path) -> bool:
+    """Whether a folder is one that `mirror` made, or began to make."""
+    return _list_of(folder).is_file()
 
 
 def note_far(folder: Path, files: Mapping[str, Far], here: Mapping[str, Object] = NOTHING_HERE) -> None:
@@ -114,9 +128,11 @@ def mirror(uri: str, folder: Path, seen: Path, *, ours: bool = False) -> None:
     large = {name: each for name, each in found.items() if _stays(name) and each.size >= SMALL}
     here = {name: each for name, each in found.items() if name not in large}
     folder.mkdir(parents=True, exist_ok=True)
+    if not _list_of(folder).is_file():
+        write_json(_list_of(folder), {"far": {}, "here": {}})  # from now on it is a mirror, whole or not
     for path in [path for path in folder.rglob("*") if path.is_file()]:
-        if path.relative_to(folder).as_posix() not in here:
-            path.unlink()
+        if path.relative_to(folder).as_posix() not in here and not path.name.endswith(".tmp"):
+            path.unlink(missing_ok=True)
     for name, each in here.items():
         if kept.get(name) != each or not (folder / name).is_file():
             store().download(each, folder / name)
@@ -124,7 +140,7 @@ def mirror(uri: str, folder: Path, seen: Path, *, ours: bool = False) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     told = read_json(folder / TENSORS) if ours and TENSORS in here else {}
     far = {name: Far(*each, *told[name]) if name in told else _digested(each, seen) for name, each in large.items()}
-    note_far(folder, far, here)
+    write_json(_list_of(folder), {"far": {name: list(each) for name, each in far.items()}, "here": here})
 
 
 def kept_at(far: Far, prefix: str) -> Far:
@@ -161,7 +177,9 @@ def look_again(folder: Path, seen: Path) -> None:
 
     For those who must know now, not when a tensor is read: a rollback, a doctor.
     """
-    note_far(folder, {name: _digested(each.stored, seen) for name, each in far_files(folder).items()}, _brought(folder))
+    far = {name: _digested(each.stored, seen) for name, each in far_files(folder).items()}
+    if far:
+        note_far(folder, far, _brought(folder))
 
 
 def write_digests(folder: Path) -> None:
@@ -251,8 +269,11 @@ def expect_span(far: Far, begin: int, end: int) -> None:
     """Begin to bring bytes that are read soon; nothing where enough is on its way already."""
     with _coming_lock:
         key = (far.stored, begin, end)
-        if key not in _coming and len(_coming) < AHEAD:
-            _coming[key] = _bringers().submit(store().read, *key)
+        if key in _coming:
+            return
+        if len(_coming) == AHEAD:  # somebody changed their mind about the oldest
+            _coming.pop(next(iter(_coming))).cancel()
+        _coming[key] = _bringers().submit(store().read, *key)
 
 
 def _taken(far: Far, begin: int, end: int) -> bytearray:

@@ -119,7 +119,10 @@ def hash_tree(folder: Path, known: Mapping[str, str] = NOTHING) -> dict[str, str
             continue
         with open_regular(os.path.basename(name), dir_fd=descriptor) as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    digests |= {name: far.sha256 for name, far in far_files(folder).items()}
+    far = far_files(folder)
+    for name in far.keys() & digests.keys():
+        raise Place("", shown(name), "remove the file").refuse("E_FILETYPE", "the file is here and far at once")
+    digests |= {name: each.sha256 for name, each in far.items()}
     return dict(sorted(digests.items()))
 
 

@@ -13,6 +13,7 @@ from registry.records import FoldinError, Refusal
 from registry.schema import events, experts, leases, lines, merges
 
 FORMAT = "foldin-history/1"
+BEYOND = 1_000_000  # claims that nobody wrote under; whoever made one before the ledger was lost stays fenced
 TABLES = (experts, merges, events)
 Row = Mapping[str, Any]
 
@@ -63,7 +64,7 @@ def restore(engine: Engine, document: Mapping[str, Any]) -> None:
             raise FoldinError(Refusal("E_HISTORY", what, f"line {line['name']}", remedy=remedy))
         tx.execute(insert(lines).values(**line))
         fence = max((row["fence"] for row in (*document["merges"], *document["events"])), default=0)
-        tx.execute(insert(leases).values(line=line["name"], holder="", fence=fence, expires=0.0))
+        tx.execute(insert(leases).values(line=line["name"], holder="", fence=fence + BEYOND, expires=0.0))
         known = _insert(tx, experts, document["experts"])
         _insert(tx, merges, [{**row, "expert_id": known.get(row["expert_id"])} for row in document["merges"]])
         _insert(tx, events, document["events"])

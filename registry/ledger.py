@@ -138,17 +138,8 @@ class Ledger:
     def note_digest(self, lease: Lease, expert: Expert, digest: str) -> Expert | None:
         """Store the content digest of an expert's weights; returns an earlier expert with the same weights, if any."""
         self._on_expert(lease, expert, {"digest": digest})
-        decided = {ExpertState.FOLDED, ExpertState.ROLLED_BACK}  # what was rejected may be judged again
-        return next(
-            (
-                other
-                for other in self.experts(lease.line)
-                if (other.digest, other.generation) == (digest, expert.generation)
-                and other.seq < expert.seq
-                and other.state in decided
-            ),
-            None,
-        )
+        earlier = [each for each in self.experts(lease.line) if each.digest == digest and each.seq < expert.seq]
+        return next((each for each in earlier if rows.stands_for(each, expert)), None)
 
     def settle(self, lease: Lease, expert: Expert, state: ExpertState, code: str, reason: str) -> None:
         """End an expert without a fold: rejected, quarantined or withdrawn, always with a reason."""

@@ -10,7 +10,7 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from registry.far import far_files, look_again, mirror, note_far, store
+from registry.far import is_mirror, look_again, mirror, note_far, store
 from registry.files import MANIFEST, shown, verify_manifest
 from registry.mlflow_link import Link, unreachable
 from registry.records import FoldinError, Refusal
@@ -34,7 +34,7 @@ class Files:
     def version(self, line: str, version: int) -> Path:
         """The local folder with one version's artifacts, downloaded once. Raises as `expert`."""
         known = self._cache / "versions" / line / str(version)
-        whole = known.is_dir() and not far_files(known)
+        whole = known.is_dir() and not is_mirror(known)
         return known if whole else self._behind(line, version, known, ours=True)
 
     def look_again(self, folder: Path) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from registry.files import write_atomic
 from registry.mlflow_link import MERGE_KEY, TAG_LIMIT, Link, quoted, short
 from registry.records import FoldinError, Refusal
 
 PARENT = "mlflow.parentRunId"
-HISTORY = "foldin.history"  # tag: which of the two files is the newest, and its SHA-256
+HISTORY = "foldin.history"  # tag: the file that counts, and its SHA-256
 HISTORY_OF = "foldin.history_of"
 
 
@@ -81,17 +82,19 @@ class Runs:
     def keep_history(self, line: str, content: bytes) -> None:
         """Keep a line's history beside its merges; whoever dies in here leaves the last one whole.
 
-        There are two files, and a tag that says which one counts: the other one is written, then the tag is.
+        Each has a file named by its digest, and a tag says which one counts; the one before is removed last.
         """
         run, digest = self._history_run(line), hashlib.sha256(content).hexdigest()
-        newest, _, known = run.data.tags.get(HISTORY, "").partition(" ")
+        before, _, known = run.data.tags.get(HISTORY, "").partition(" ")
         if known == digest:
             return
-        name = "history-1.json.gz" if newest == "history-0.json.gz" else "history-0.json.gz"
+        name = f"history-{digest[:16]}.json.gz"
         with self._link.reached(), TemporaryDirectory() as scratch:
             write_atomic(Path(scratch) / name, content)
             self._link.client.log_artifact(run.info.run_id, str(Path(scratch) / name))
             self._link.client.set_tag(run.info.run_id, HISTORY, f"{name} {digest}")
+            if before:
+                get_artifact_repository(run.info.artifact_uri).delete_artifacts(before)
 
     def history_sha256(self, line: str) -> str:
         """The digest of what `keep_history` kept last; "" when nothing was kept."""
@@ -106,7 +109,9 @@ class Runs:
         run = self._history_run(line)
         name, _, digest = run.data.tags.get(HISTORY, "").partition(" ")
         where = f"history of line {line} in MLflow"
-        if not digest:
+        with self._link.reached():
+            there = {each.path for each in self._link.client.list_artifacts(run.info.run_id)}
+        if not digest or name not in there:
             remedy = "restore the ledger from a backup"
             raise FoldinError(Refusal("E_HISTORY", "MLflow keeps no history of the line", where, remedy=remedy))
         with self._link.reached(), TemporaryDirectory() as scratch:

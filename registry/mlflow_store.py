@@ -118,6 +118,11 @@ class MlflowStore:
         """
         return self.files.version(line, version)
 
+    def aliased(self, line: str) -> set[int]:
+        """The versions of a line that any alias names; users may load them."""
+        with self._reached():
+            return {int(version) for version in self._client.get_registered_model(line).aliases.values()}
+
     def retire(self, line: str, version: int) -> None:
         """Remove the files behind a version; it stays registered, and says so."""
         self.label(line, version, {"foldin.state": "retired"})

@@ -86,6 +86,16 @@ def keep(tx: Connection, merge: Merge) -> None:
     tx.execute(update(merges).where(merges.c.merge_key == merge.merge_key).values(**facts, **decided))
 
 
+def stands_for(earlier: Expert, expert: Expert) -> bool:
+    """Whether an earlier expert of the same weights makes a later one a duplicate.
+
+    What the champion holds always does; what was rolled back only within a generation, since a person may ask for it
+    again. What was rejected may be judged again.
+    """
+    back = earlier.state is ExpertState.ROLLED_BACK and earlier.generation == expert.generation
+    return earlier.state is ExpertState.FOLDED or back
+
+
 def requeue(tx: Connection, lease: Lease, expert: Expert, because: str, who: str) -> Expert:
     """One more row for an expert, pending, after all others."""
     mine = experts.c.line == lease.line

@@ -107,7 +107,8 @@ def _settle(scratch: Path, home: Path, files: Mapping[str, str], far: Mapping[st
     for folder in {scratch, *((scratch / name).parent for name in files if name not in far)}:
         fsync_dir(folder)
     home.parent.mkdir(exist_ok=True)
-    note_far(home, far)
+    if not home.exists():  # the list of one that is there is its own
+        note_far(home, far)
     try:
         os.rename(scratch, home)
     except OSError as error:

@@ -69,6 +69,7 @@ def test_evaluating_costs_little_more_than_the_forward_passes():
 
 
 @pytest.mark.integration
+@pytest.mark.chaos
 def test_the_gpu_program_runs_on_the_processor_too():
     facts = told("gpu", "--device", "cpu")
     assert facts["sides"].keys() == {"fold", "reference", "parity"}

@@ -244,7 +244,7 @@ SCORE = {"metric": "accuracy", "value": 0.5, "split": "canary", "examples": 64}
 
 
 def test_words_of_strangers_are_printed_as_they_are_and_obeyed_by_nothing(capsys):
-    expert = {"name": HOSTILE, "task": HOSTILE, "state": "quarantined", "reason": HOSTILE}
+    expert = {"name": HOSTILE, "task": HOSTILE, "state": "quarantined", "reason": HOSTILE, "into": 1}
     event = {"kind": "rollback", "from": 2, "to": 1, "because": HOSTILE, "who": HOSTILE, "at": 0.0}
     counts = dict.fromkeys(map(str, ExpertState), 0)
     digests = dict.fromkeys(("weights_sha256", "base_sha256", "manifest_sha256"), "0" * 64)

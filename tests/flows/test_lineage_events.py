@@ -220,7 +220,7 @@ def test_a_server_gets_the_events_with_the_key_of_the_environment(line, zoo, mon
     assert [checked(event)["eventType"] for _, _, event in sent] == ["START", "COMPLETE"]
 
 
-@pytest.mark.parametrize("answer", [broken, silent, None])
+@pytest.mark.parametrize("answer", [broken, *(pytest.param(each, marks=pytest.mark.chaos) for each in (silent, None))])
 def test_a_server_in_trouble_neither_fails_nor_holds_up_a_fold_and_is_spoken_of_once(
     line, zoo, monkeypatch, caplog, answer
 ):

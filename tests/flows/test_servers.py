@@ -106,6 +106,7 @@ def test_the_bytes_are_those_of_an_embedded_line(toml, zoo, tmp_path_factory, fu
     here.ledger.close()
 
 
+@pytest.mark.chaos
 def test_exchanged_weights_are_found_and_never_rolled_back_to(toml, zoo, verbs):
     path, line = toml
     folded(path, line, zoo, 1, 2)

@@ -245,6 +245,8 @@ class Handler(BaseHTTPRequestHandler):
                 return
             # The answer to HEAD announces a body that does not follow.
             length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(answer))
+            sent = answer if limit is None else answer[:limit]
+            proxy.sent[verb_of(self.command, self.path, self.headers)] += len(sent)  # before anybody can ask
             self.send_response_only(status)
             skipped = ("content-length", "connection", "transfer-encoding")
             for name, value in headers.items():
@@ -252,8 +254,6 @@ class Handler(BaseHTTPRequestHandler):
                     self.send_header(name, value)
             self.send_header("Content-Length", length)
             self.end_headers()
-            sent = answer if limit is None else answer[:limit]
-            proxy.sent[verb_of(self.command, self.path, self.headers)] += len(sent)  # before anybody can ask
             self.wfile.write(b"" if self.command == "HEAD" else sent)
             self.close_connection = self.close_connection or limit is not None
 

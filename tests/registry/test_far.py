@@ -19,11 +19,12 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def store(s3, monkeypatch):
+def store(s3, monkeypatch, tmp_path):
     """The process's store, behind the proxy, with small parts; small files are far as well."""
     made = Objects(s3.url, parts=4, part_bytes=2**20, timeout=5.0)
     monkeypatch.setattr(far, "store", lambda: made)
     monkeypatch.setattr(far, "SMALL", 1024)
+    far.trust(tmp_path)
     return made
 
 
@@ -196,7 +197,33 @@ def test_a_far_file_counts_towards_the_size_that_is_allowed(store, s3, zoo, tmp_
     assert not list((tmp_path / "experts").iterdir())
 
 
+def test_a_list_beside_a_folder_of_strangers_is_not_believed(tmp_path):
+    """A team may log `expert/` and `expert.far.json` to one run, and register the first."""
+    note_far(tmp_path / "expert", {"model.safetensors": Far("s3://secret/key", 1, "e", "d", {})})
+    assert far_files(tmp_path / "expert") == {}
+    far.trust(tmp_path)
+    assert list(far_files(tmp_path / "expert")) == ["model.safetensors"]
+    (tmp_path / "expert").mkdir()
+    (tmp_path / "expert/model.safetensors").write_bytes(b"x")
+    with pytest.raises(FoldinError, match=r"E_FILETYPE .*here and far at once"):
+        hash_tree(tmp_path / "expert")
+
+
+def test_a_mirror_that_was_cut_off_is_not_taken_for_a_whole_one(store, s3, folder, tmp_path, monkeypatch):
+    put(store, folder, at(s3, "model"))
+    monkeypatch.setattr(store, "download", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        mirror(at(s3, "model"), tmp_path / "m", tmp_path / "seen")
+    assert far.is_mirror(tmp_path / "m")
+    monkeypatch.undo()
+    monkeypatch.setattr(far, "store", lambda: store)
+    monkeypatch.setattr(far, "SMALL", 1024)
+    mirror(at(s3, "model"), tmp_path / "m", tmp_path / "seen")
+    assert hash_tree(tmp_path / "m") == hash_tree(folder)
+
+
 def test_a_list_of_nothing_is_no_list(tmp_path):
+    far.trust(tmp_path)
     note_far(tmp_path / "x", {"a.safetensors": Far("s3://b/a", 1, "e", "d", {})})
     assert list(far_files(tmp_path / "x")) == ["a.safetensors"]
     note_far(tmp_path / "x", {})
@@ -219,6 +246,7 @@ def large(folder, tensors, entries):
 def test_reading_one_tensor_of_twenty_transfers_little_more_than_that(s3, monkeypatch, tmp_path, tensors, entries):
     made = Objects(s3.url)
     monkeypatch.setattr(far, "store", lambda: made)
+    far.trust(tmp_path)
     local = large(tmp_path / "local", tensors, entries)
     size, digest = (local / "model.safetensors").stat().st_size, sha256_file(local / "model.safetensors")
     put(made, local, at(s3, "large"))
