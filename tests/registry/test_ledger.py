@@ -148,6 +148,23 @@ def test_a_fold_after_a_rollback_starts_a_branch(ledger):
     assert states(ledger) == ["folded", "rolled-back", "rolled-back", "folded"]
 
 
+def test_a_requeued_expert_waits_again_after_all_others_and_is_no_duplicate_of_itself(ledger):
+    lease = fold_three(ledger)
+    ledger.move(lease, "rollback", 3, "bad", "ann")
+    third = ledger.experts("demo")[2]
+    again = ledger.requeue(lease, third, "once more", "ann")
+    assert (again.name, again.generation, again.seq, str(again.state)) == (third.name, 2, 4, "pending")
+    assert states(ledger) == ["folded", "folded", "rolled-back", "pending"]
+    assert ledger.note_digest(lease, again, "digest 3") is None
+    event = ledger.events("demo")[-1]
+    assert (event.kind, event.target, event.because) == ("requeued", None, f"{third.name}: once more")
+    # The champion moves to the version that holds it: then it is a duplicate, whatever its generation.
+    ledger.move(lease, "rollback", 4, "forward", "ann")
+    assert ledger.note_digest(lease, again, "digest 3").name == third.name
+    twice = ledger.requeue(lease, again, "and again", "ann")
+    assert (twice.generation, twice.seq) == (3, 5)
+
+
 def test_a_fold_is_committed_only_onto_the_version_it_folded_into(ledger):
     lease = fold_three(ledger)
     enrol(ledger, 4)
