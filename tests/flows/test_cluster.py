@@ -101,6 +101,7 @@ def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.chaos
 def test_a_part_that_kills_its_workers_counts_as_a_crash_of_this_process(
     zoo, bare_line, prefect, tmp_path, monkeypatch
 ):

@@ -224,6 +224,7 @@ def test_killed_in_the_middle_of_a_fold_it_ends_with_the_champion_of_an_undistur
     assert look_at(stocked) == undisturbed(stocked)
 
 
+@pytest.mark.chaos
 def test_killed_in_a_search_it_makes_the_same_choice(stocked, forge, undisturbed):
     toml = stocked / "foldin.toml"
     # Six times too strong for these models: the search goes back to about one for the first, and stays there.
@@ -342,6 +343,7 @@ def test_a_run_that_slept_beyond_its_lease_ends_fenced(stocked, forge, undisturb
     assert look_at(stocked) == undisturbed(stocked)
 
 
+@pytest.mark.chaos
 def test_two_that_start_a_line_at_the_same_time_start_it_once(stocked, forge, undisturbed):
     sleeper, ended = forge.life(stocked, signal.SIGSTOP, ("registry.ledger", "Ledger.add_line", "after", 1))
     assert ended is None

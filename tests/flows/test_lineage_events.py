@@ -139,6 +139,7 @@ def test_an_expert_that_is_refused_is_a_run_that_completed_without_an_output(lin
     assert "E_NONFINITE" in told(ends[1])["reason"]
 
 
+@pytest.mark.chaos
 def test_a_fold_that_fails_says_so_and_is_the_same_run_when_it_is_repeated(line, heard, zoo, monkeypatch):
     tiny = line("events.jsonl")
 

@@ -99,6 +99,7 @@ def test_an_expert_that_fails_as_configured_is_folded_at_the_strength_that_passe
     assert {"seconds.canary", "seconds.full", "seconds.search"} <= set(run.data.metrics)
 
 
+@pytest.mark.chaos
 def test_without_a_search_the_same_expert_is_rejected(line):
     at, register = line('search = { when = "never" }')
     register("near", "plain")

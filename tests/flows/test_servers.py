@@ -125,6 +125,7 @@ def test_exchanged_weights_are_found_and_never_rolled_back_to(toml, zoo, verbs):
     assert alias(at.config.registry.tracking_uri, line) == 3
 
 
+@pytest.mark.chaos
 def test_an_upload_that_nobody_finished_is_found(toml, zoo):
     import boto3
 
@@ -140,6 +141,7 @@ def test_an_upload_that_nobody_finished_is_found(toml, zoo):
     assert examine(at) == []
 
 
+@pytest.mark.chaos
 def test_a_lost_ledger_comes_back_on_postgresql(toml, zoo, verbs):
     path, line = toml
     folded(path, line, zoo, 1, 2)

@@ -85,6 +85,7 @@ def config(workshop):
     return load(workshop / "foldin.toml")
 
 
+@pytest.mark.chaos
 def test_the_pages_show_what_an_earlier_watch_did_and_end_with_the_verb(workshop, config, zoo, foldin, mark):
     register_expert(tracking_uri(config), "tiny-experts", zoo / "expert-1", "task-1")
     watched = foldin(workshop, "watch", "tiny")

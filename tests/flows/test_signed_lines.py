@@ -199,6 +199,7 @@ def test_a_run_that_dies_before_it_signs_promotes_nothing_and_the_next_one_goes_
     assert signed.champion == 2
 
 
+@pytest.mark.chaos
 def test_where_no_key_is_a_version_waits_until_it_was_signed_elsewhere(signed, zoo):
     signed.watch()
     signed.ask(versions=["team.pub"])
@@ -213,6 +214,7 @@ def test_where_no_key_is_a_version_waits_until_it_was_signed_elsewhere(signed, z
     assert [outcome[:2] for outcome in signed.watch()] == [("folded", 2)]
 
 
+@pytest.mark.chaos
 def test_a_line_may_begin_to_sign_and_change_its_key(signed, zoo, verbs):
     signed.register(zoo / "expert-1", "task-1")
     assert signed.watch()[0][:2] == ("folded", 2)
