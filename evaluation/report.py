@@ -31,8 +31,8 @@ class Record(NamedTuple):
     tries: Sequence[Try] = ()  # of the search, in the order in which they were made
     flips: Sequence[Flip] = ()  # a few answers that turned wrong
     lineage: Mapping[str, str] = {}  # what people ask first: "line", "parent", "expert", "method", ...
-    best: Mapping[str, tuple[float, str]] = {}  # task -> the best accuracy or score so far, and the suite it is of
     seconds: Mapping[str, float] = {}  # rung or "search" -> what it took
+    best: Mapping[str, tuple[float, str]] = {}  # task -> the best accuracy or score so far, and the suite it is of
 
 
 def as_json(record: Record) -> Json:

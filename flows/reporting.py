@@ -64,8 +64,8 @@ def record_of(house: House, settings: LineConfig, parent: Version, line: str, ju
         judged.tries,
         flips_of(house, settings, judged) if last else (),
         lineage_of(line, parent, judged),
-        best_of(parent, judged) if last else bests(parent),
         judged.seconds,
+        best_of(parent, judged) if last else bests(parent),
     )
 
 

@@ -399,6 +399,7 @@ def webhook(name, url):
     CustomWebhookNotificationBlock(name="foldin", url=url, json_data=template).save(name, overwrite=True)
 
 
+@pytest.mark.chaos
 def test_people_elsewhere_hear_what_became_of_an_expert(desk, zoo, postbox, verbs, tmp_path):
     url, posts = postbox
     webhook("ops", f"{url}/hook")

@@ -323,6 +323,7 @@ def with_a_head(folder):
     write_suite(folder, kind="text-classification", labels=("color", "animal", "number"), rows=rows)
 
 
+@pytest.mark.chaos
 def test_unusual_experts_are_folded(at, zoo, tmp_path):
     kinds = {
         "prefixed": spelt_as_in_a_task_model,

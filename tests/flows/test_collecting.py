@@ -62,6 +62,7 @@ def test_old_versions_lose_their_files_and_nothing_that_is_needed_does(toml, ver
     assert "v2  + task-1  (tiny-experts v1), retired" in verb("log", "tiny")[1]
 
 
+@pytest.mark.chaos
 def test_a_line_with_retired_versions_goes_on_replays_and_is_rebuilt(toml, verbs, zoo):
     verb = verbs(toml)
     at = house(str(toml))

@@ -329,6 +329,7 @@ def test_two_that_watch_at_the_same_time_fold_each_expert_once(stocked, forge, u
     ],
     ids=lambda point: point[1],
 )
+@pytest.mark.chaos
 def test_a_run_that_slept_beyond_its_lease_ends_fenced(stocked, forge, undisturbed, point):
     kill(forge, stocked, ("registry.ledger", "Ledger.enrol", "after", 3))
     set_lease(stocked, 2.0)

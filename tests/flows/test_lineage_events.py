@@ -222,6 +222,7 @@ def test_a_server_gets_the_events_with_the_key_of_the_environment(line, zoo, mon
 
 
 @pytest.mark.parametrize("answer", [broken, *(pytest.param(each, marks=pytest.mark.chaos) for each in (silent, None))])
+@pytest.mark.chaos
 def test_a_server_in_trouble_neither_fails_nor_holds_up_a_fold_and_is_spoken_of_once(
     line, zoo, monkeypatch, caplog, answer
 ):
