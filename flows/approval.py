@@ -8,7 +8,7 @@ from prefect.input import RunInput
 from pydantic import Field
 
 from evaluation.escape import clean
-from flows.champion import follow, reconcile
+from flows.champion import agree, follow, reconcile
 from flows.config import LineConfig
 from flows.leasing import held
 from flows.notifying import notify, spared
@@ -18,7 +18,7 @@ from flows.telling import say
 from flows.versions import find_merge, verified
 from flows.waiting import WAITS, expert_of, facts_of, mend, settled_before, state_of, undecided, waiting
 from flows.wiring import House, house
-from registry.records import Decision, FoldinError, Lease, Merge, Refusal
+from registry.records import Decision, Lease, Merge
 
 if TYPE_CHECKING:
     from evaluation.report import Record
@@ -137,9 +137,8 @@ def decide(at: House, line: str, version: int, decision: Decision, because: str,
 def _take(at: House, lease: Lease, version: int, decision: Decision, because: str, who: str) -> None:
     """Write the decision into the ledger, and let the champion's alias follow one that approves."""
     line = lease.line
-    if decision is Decision.APPROVED and not reconcile(at, lease, say):
-        what, remedy = at.ledger.line(line).blocked, "move the alias champion to a version that passed, then approve"
-        raise FoldinError(Refusal("E_BLOCKED", what, f"line {line}", remedy=remedy))
+    if decision is Decision.APPROVED:
+        agree(at, lease, say, "approve")
     merge = undecided(at, line, version)
     if decision is Decision.APPROVED:
         require_signature(at, line, version, verified(at, line, version)[0])

@@ -3,7 +3,6 @@
 Facts only, and no dates: equal versions have equal cards. https://huggingface.co/docs/hub/model-cards
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -14,35 +13,27 @@ if TYPE_CHECKING:
     from evaluation.report import Record
 
 CARD_FILE = "README.md"
+METADATA = ("---", "library_name: transformers", "tags: [merge, foldin, continual-merging]", "---")
 
 
 def card(line: str, parent: Version, memory: Memory, record: "Record") -> str:
     """The card of a version that was folded into `parent`; whatever strangers named is escaped."""
     parts = [
-        *_metadata(memory),
+        *METADATA,
         f"# {_plain(line)}",
         "",
-        f"A merge of {len(memory.experts)} fine-tuned experts of one base, folded one after the other by "
-        f"[foldin](https://pypi.org/project/foldin/) with `{_plain(memory.method)}`{_parameters(memory)}.",
+        f"A merge of {len(memory.experts)} fine-tuned experts of one base, folded one after the other by foldin "
+        f"with {_plain(memory.method)}{_parameters(memory)}.",
         "It loads with transformers' `from_pretrained`; nothing of foldin is needed.",
         "",
         *_experts(memory),
         *_scores(record),
         "## Lineage",
         "",
-        *(f"- {_plain(name)}: `{_plain(text)}`" for name, text in _lineage(parent, memory).items()),
+        *(f"- {name}: {_plain(text)}" for name, text in _lineage(parent, memory).items()),
         "",
     ]
     return "\n".join(parts)
-
-
-def _metadata(memory: Memory) -> Iterator[str]:
-    yield "---"
-    yield "library_name: transformers"
-    yield "tags: [merge, foldin, continual-merging]"
-    models = sorted({expert.model for expert in memory.experts})
-    yield f"base_model_relation: merge  # of {json.dumps(models)}"
-    yield "---"
 
 
 def _experts(memory: Memory) -> Iterator[str]:

@@ -96,6 +96,14 @@ def reconcile(house: House, lease: Lease, told: Told) -> bool:
     return True
 
 
+def agree(house: House, lease: Lease, told: Told, then: str) -> None:
+    """As `reconcile`, for those who need the line: E_BLOCKED when it is not free, with what comes `then`."""
+    if not reconcile(house, lease, told):
+        what = house.ledger.line(lease.line).blocked
+        remedy = f"move the alias champion to a version that passed, then {then}"
+        raise FoldinError(Refusal("E_BLOCKED", what, f"line {lease.line}", remedy=remedy))
+
+
 def _put_back(house: House, lease: Lease, target: int, late: list[Event], told: Told) -> None:
     """Undo a late move of an overtaken run. It can happen once: the next move to that version is a person's."""
     told(f"{lease.line}@champion was moved late to version {late[0].target} by an overtaken run; putting it back")

@@ -114,15 +114,18 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
     outcomes, errors = [], []
     with prefect_for(options, names):
         from flows.watch import watch as look
+        from flows.wiring import house
 
         for name in names:
             try:
                 outcomes += look(name, str(options["config_file"]))
             except FoldinError as error:  # one line's trouble is not the others'
                 errors.append(error)
-        pending = any(house_of(options).ledger.experts(name, ExpertState.PENDING) for name in names if not errors)
-        if not (errors or outcomes or pending):
-            say(f"{', '.join(names) or 'no line'}: nothing new was found, nothing to fold")
+        if not (errors or outcomes):
+            at = house(str(options["config_file"]))
+            idle = [name for name in names if not at.ledger.experts(name, ExpertState.PENDING)]
+            if idle or not names:
+                say(f"{', '.join(idle) or 'no line'}: nothing new was found, nothing to fold")
     for other in errors[1:]:
         say(f"error: {other}")
     if errors:

@@ -2,12 +2,12 @@
 
 import importlib.metadata
 import re
-import time
 from collections.abc import Iterator
 from hashlib import sha256
 
 from flows.chains import check_versions_of
 from flows.champion import check_target
+from flows.collecting import abandoned
 from flows.starting import check_settings
 from flows.waiting import misplaced
 from flows.wiring import House, is_dead
@@ -16,13 +16,13 @@ from registry.records import FoldinError, Refusal
 
 # Prefect 3.8 allows newer releases of both, but its server does not start with the first, and its scheduler fails
 # silently with the second.
-DAY = 86400.0  # seconds
 CEILINGS = {"fastapi": (0, 151), "sqlalchemy": (2, 1)}
 
 
 def examine(house: House) -> list[Refusal]:
-    """Everything that is wrong with the installation and with every line."""
-    return [*check_versions(), *(found for line in sorted(house.config.lines) for found in check_line(house, line))]
+    """Everything that is wrong with the installation, with the store and with every line."""
+    lines = (found for line in sorted(house.config.lines) for found in check_line(house, line))
+    return [*check_versions(), *check_uploads(house), *lines]
 
 
 def check_versions() -> Iterator[Refusal]:
@@ -56,14 +56,11 @@ def check_line(house: House, line: str) -> Iterator[Refusal]:
     yield from _check_candidate(house, line)
     holder = house.ledger.leases.holder(line).holder
     if holder and is_dead(holder):
-        what, remedy = (
-            "the process that worked on the line is dead",
-            "it takes over and goes on where the dead run stopped",
-        )
-        yield Refusal("E_LEASE", what, f"line {line}", found=holder, remedy=f"run `foldin watch {line}`; {remedy}")
+        what = "the process that worked on the line is dead"
+        remedy = f"run `foldin watch {line}`; it takes over and goes on where the dead run stopped"
+        yield Refusal("E_LEASE", what, f"line {line}", found=holder, remedy=remedy)
     elif not holder:
         yield from _check_history(house, line)
-        yield from _check_uploads(house, line)
     yield from check_versions_of(house, line, registered)
 
 
@@ -94,18 +91,12 @@ def _check_candidate(house: House, line: str) -> Iterator[Refusal]:
         yield Refusal("E_ALIAS", what, f"line {line}", expected=belongs, found=stands, remedy=remedy)
 
 
-def _check_uploads(house: House, line: str) -> Iterator[Refusal]:
-    """While nobody works on the line, no upload to its store is open; what a killed run left costs money there."""
-    root = house.config.registry.artifact_root
-    if not root.startswith("s3://"):
-        return
-    from registry.far import store
-
-    for left in (each for each in store().unfinished(root) if each.begun < time.time() - DAY):  # else somebody's work
-        what, remedy = "a multipart upload was begun and never finished", "end it with `foldin gc --yes`"
-        yield Refusal(
-            "E_UPLOAD", what, f"line {line}", left.uri.rpartition("/")[2], found=left.upload_id[:12], remedy=remedy
-        )
+def check_uploads(house: House) -> Iterator[Refusal]:
+    """What a killed run left half uploaded costs room in the store."""
+    for left in abandoned(house):
+        what, remedy = "a multipart upload was begun and never finished", "end it with `foldin gc LINE --yes`"
+        name = left.uri.rpartition("/")[2]
+        yield Refusal("E_UPLOAD", what, left.uri, name, found=f"upload {left.upload_id[:12]}", remedy=remedy)
 
 
 def _check_history(house: House, line: str) -> Iterator[Refusal]:

@@ -162,10 +162,8 @@ def _check_measured(champion: Mapping[str, TaskScore], new: str) -> None:
     """
     for name, found in champion.items():
         if found.error and name != new:
-            what, remedy = (
-                "the champion could not be measured",
-                "mend the suite or the machine, or allow more evaluation_seconds, then watch again",
-            )
+            what = "the champion could not be measured"
+            remedy = "mend the suite or the machine, or allow more evaluation_seconds, then watch again"
             raise FoldinError(Refusal("E_MEASURE", what, f"task {name}", found=shown(found.error), remedy=remedy))
 
 

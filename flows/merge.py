@@ -1,5 +1,6 @@
 """The flow that folds one expert: admit, fold, score, gate, register, promote. It reads as that sentence."""
 
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -78,7 +79,7 @@ def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] 
 
 def of_line(line: str, refusal: Refusal) -> Refusal:
     """The same, with the line's name in it."""
-    named = line in refusal.where
+    named = line in re.split(r"[\s,]+", refusal.where)
     return refusal if named else replace(refusal, where=", ".join(filter(None, (f"line {line}", refusal.where))))
 
 

@@ -17,7 +17,6 @@ def _words(context: click.Context, option: click.Parameter, text: str) -> str:
     return text
 
 
-KEEP = 5  # as in flows.collecting, which takes long to import
 because = click.option("--because", required=True, callback=_words, help="Why; kept in the line's history.")
 
 
@@ -100,24 +99,21 @@ def replay(
 @click.command()
 @click.argument("line")
 @click.option(
-    "--keep",
-    type=click.IntRange(min=0),
-    default=KEEP,
-    show_default=True,
-    help="Folds before the champion that stay.",
+    "--keep", type=click.IntRange(min=0), help="Versions before the champion that stay; default: [registry] keep."
 )
 @click.option("--yes", is_flag=True, help="Do it; without, only say what would go.")
 @click.option("--because", default="foldin gc", help="Kept in the line's history.")
 @click.option("--json", "as_json", is_flag=True, help="The facts as JSON.")
 @click.pass_obj
-def gc(options: dict[str, Any], line: str, keep: int, yes: bool, because: str, as_json: bool) -> None:
+def gc(options: dict[str, Any], line: str, keep: int | None, yes: bool, because: str, as_json: bool) -> None:
     """What of LINE takes room and nobody needs; with --yes it goes."""
     house = house_of(options)
     from flows.collecting import collect, collectable, sizes
     from flows.printing import print_garbage
 
+    many = int(house.config.registry.keep) if keep is None else keep
     stored = sizes(house, line)
-    items = collect(house, line, keep, because, getpass.getuser()) if yes else collectable(house, line, keep)
+    items = collect(house, line, many, because, getpass.getuser()) if yes else collectable(house, line, many, stored)
     facts = {"line": line, "versions": stored, "items": [each._asdict() for each in items], "done": yes}
     answer(facts, as_json, print_garbage)
 

@@ -7,6 +7,7 @@ from flows.telling import say
 from flows.wiring import House
 from registry.files import MANIFEST, read_json, sha256_file
 from registry.history import read
+from registry.lineage import retired
 from registry.records import FoldinError, Refusal
 
 
@@ -22,8 +23,7 @@ def rebuild(house: House) -> list[str]:
     for line in lost:
         document = read(house.mlflow.runs.history(line), line)
         versions = {row["version"]: row for row in document["merges"] if row["version"] is not None}
-        gone = {row["because"].partition(":")[0] for row in document["events"] if row["kind"] == "retired"}
-        for version in sorted(each for each in versions if f"v{each}" not in gone):
+        for version in sorted(versions.keys() - retired((row["kind"], row["because"]) for row in document["events"])):
             _check(house, line, version, versions)
         house.ledger.restore(document)
         say(f"line {line}: {len(versions)} versions and {len(document['experts'])} experts put back from MLflow")

@@ -12,8 +12,9 @@ from typing import Any
 from prefect import flow
 
 from flows.admission import Admitted, admit
-from flows.champion import check_target, follow, reconcile
+from flows.champion import agree, check_target, follow
 from flows.config import LineConfig
+from flows.judging import Judged
 from flows.leasing import held
 from flows.merge import fold_tensors, judge, surroundings
 from flows.naming import find_expert
@@ -24,7 +25,7 @@ from flows.starting import check_settings
 from flows.telling import bar, say
 from flows.versions import Folded, Version, chain, find_merge, open_version, retired
 from flows.wiring import House, house
-from flows.work import work_on
+from flows.work import Work, work_on
 from registry.records import Decision, Expert, FoldinError, Lease, Merge, Refusal
 from registry.verdicts import Outcome, Report, TaskScore, Verdict
 
@@ -67,9 +68,7 @@ def replay(
     settings = at.config.line(line)
     check_settings(settings, line)
     with held(at, line, told=say) as lease, surroundings():
-        if not reconcile(at, lease, say):
-            what, remedy = at.ledger.line(line).blocked, "move the alias champion to a version that passed, then replay"
-            raise FoldinError(Refusal("E_BLOCKED", what, f"line {line}", remedy=remedy))
+        agree(at, lease, say, "replay")
         champion = open_version(at, line, at.ledger.line(line).champion or 0)
         left, kept = chosen(at, line, champion, without, order)
         branch = grow(at, settings, lease, champion, kept)
@@ -164,12 +163,14 @@ def fold_beside(
     candidate = fold_tensors(work, admitted, recipe)
     if isinstance(candidate, Refusal):
         raise FoldinError(candidate)
-    judged = judge(work, admitted, candidate, recipe)
+    return _kept(work, admitted, judge(work, admitted, candidate, recipe), head)
+
+
+def _kept(work: Work, admitted: Admitted, judged: Judged, head: Version) -> tuple[Version, dict[str, Any]]:
+    """The branch after a judged fold, and what became of its expert."""
+    at, lease, expert = work.house, work.lease, work.expert
     merge, record = recorded(work, admitted, judged)
-    known = at.ledger.merge(merge.merge_key)
-    declined = known is not None and known.decided is Decision.DECLINED
-    approved = merge.verdict.outcome is Outcome.WAITING and _approved_before(at, lease.line, expert)
-    approved = approved and not declined
+    approved = merge.verdict.outcome is Outcome.WAITING and _stays_approved(at, merge)
     outcome: dict[str, Any] = {
         "expert": expert.name,
         "state": "rejected",
@@ -200,9 +201,10 @@ def _check_same(expert: Expert, admitted: Admitted, folded: Folded) -> None:
             raise FoldinError(Refusal("E_DIGEST", what, where, "", "", then[:12], now[:12], remedy))
 
 
-def _approved_before(at: House, line: str, expert: Expert) -> bool:
-    mine: list[Merge] = [each for each in at.ledger.merges(line) if each.expert_id == expert.id]
-    return any(each.decided is Decision.APPROVED for each in mine)
+def _stays_approved(at: House, merge: Merge) -> bool:
+    """Whether a person approved the expert, in another fold, and did not decline it in this very one."""
+    mine = {each.merge_key: each.decided for each in at.ledger.merges(merge.line) if each.expert_id == merge.expert_id}
+    return Decision.APPROVED in mine.values() and mine.get(merge.merge_key) is not Decision.DECLINED
 
 
 def compared(

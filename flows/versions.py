@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flows.wiring import House
 from registry.files import MANIFEST, read_json, sha256_file, shown, verify_manifest
 from registry.lineage import ancestry, parents_of
+from registry.lineage import retired as retired_in
 from registry.records import FoldinError, Merge, Refusal
 
 if TYPE_CHECKING:
@@ -139,10 +140,7 @@ def verified(house: House, line: str, number: int, *, whole: bool = True) -> tup
     """
     merge = find_merge(house, line, number)
     if number in retired(house, line):
-        what, remedy = (
-            "the version was retired, its files are gone",
-            f"choose one that `foldin log {line}` shows with files",
-        )
+        what, remedy = "the version was retired, its files are gone", f"choose another of `foldin log {line}`"
         raise FoldinError(Refusal("E_RETIRED", what, f"{line} v{number}", remedy=remedy))
     folder = house.mlflow.folder(line, number)
     where = f"{line} v{number}"
@@ -170,8 +168,7 @@ def bests(version: Version) -> dict[str, tuple[float, str]]:
 
 def retired(house: House, line: str) -> set[int]:
     """The versions whose files were given up (`foldin gc`)."""
-    reasons = (event.because for event in house.ledger.events(line) if event.kind == "retired")
-    return {int(reason.partition(":")[0].removeprefix("v")) for reason in reasons}
+    return retired_in((event.kind, event.because) for event in house.ledger.events(line))
 
 
 def find_merge(house: House, line: str, number: int) -> Merge:

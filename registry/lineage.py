@@ -48,6 +48,11 @@ def tree(merges: Iterable[Merge], experts: Iterable[Expert]) -> tuple[Node, ...]
     )
 
 
+def retired(events: Iterable[tuple[str, str]]) -> set[int]:
+    """The versions whose files were given up, from (kind, because) of a line's events: those retired say "v3: why"."""
+    return {int(because.partition(":")[0].removeprefix("v")) for kind, because in events if kind == "retired"}
+
+
 def met(merges: Iterable[Merge], experts: Iterable[Expert]) -> dict[int, int | None]:
     """Expert id -> the version that it met: it was folded into that, or would have been when it was refused.
 

@@ -46,7 +46,7 @@ class Files:
         """One file of a version as it is stored now, downloaded into a folder; None when there is none."""
         with self._link.reached():
             artifacts = get_artifact_repository(self._link.client.get_model_version_download_uri(line, str(version)))
-            if all(each.path != name for each in artifacts.list_artifacts()):
+            if all(each.path != name for each in artifacts.list_artifacts(name.rpartition("/")[0] or None)):
                 return None
             return Path(artifacts.download_artifacts(name, str(folder)))
 
@@ -55,6 +55,17 @@ class Files:
         with self._link.reached():
             uri = self._link.client.get_model_version_download_uri(line, str(version))
             return bool(get_artifact_repository(uri).list_artifacts())
+
+    def size(self, line: str, version: int) -> int:
+        """Bytes of what lies behind a version, by its listing; 0 when there is nothing."""
+        with self._link.reached():
+            artifacts = get_artifact_repository(self._link.client.get_model_version_download_uri(line, str(version)))
+            folders, total = [""], 0
+            while folders:
+                for each in artifacts.list_artifacts(folders.pop() or None):
+                    folders += [each.path] if each.is_dir else []
+                    total += each.file_size or 0
+            return total
 
     def remove(self, line: str, version: int) -> None:
         """Remove what lies behind a version, and what was brought here of it."""

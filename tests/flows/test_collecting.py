@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.plain_client import register_expert
-from flows.collecting import collectable, needed
+from flows.collecting import collectable, needed, sizes
 from flows.doctor import examine
 from flows.versions import open_version
 from flows.wiring import artifact_root, house, tracking_uri
@@ -33,7 +33,7 @@ def toml(tmp_path_factory, furnish, prefect, zoo):
 def test_old_versions_lose_their_files_and_nothing_that_is_needed_does(toml, verbs, zoo):
     verb = verbs(toml)
     at = house(str(toml))
-    assert collectable(at, "tiny", keep=5) == []
+    assert collectable(at, "tiny", 5, sizes(at, "tiny")) == []
     assert needed(at, "tiny", 1) == {1, 4, 5}
     assert needed(at, "tiny", 0) == {1, 5}
     weights = open_version(at, "tiny", 5).memory.weights_sha256
@@ -55,7 +55,7 @@ def test_old_versions_lose_their_files_and_nothing_that_is_needed_does(toml, ver
         assert at.mlflow.expert("tiny", version).tags["foldin.state"] == "retired"
     assert open_version(at, "tiny", 5).memory.weights_sha256 == weights
     assert examine(at) == []
-    assert collectable(at, "tiny", 1) == []
+    assert collectable(at, "tiny", 1, sizes(at, "tiny")) == []
     assert verb("gc", "tiny", "--keep", 1, "--yes")[0] == 0  # again
     code, _, said = verb("rollback", "tiny", "--to", 2, "--because", "x")
     assert (code, "E_RETIRED tiny v2" in said) == (1, True)

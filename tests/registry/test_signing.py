@@ -159,13 +159,13 @@ def test_a_payload_that_was_exchanged_is_refused(keys, model):
     payload["predicate"]["resources"][0]["digest"] = "0" * 64
     bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
     signature.write_text(json.dumps(bundle))
-    refused(signed_files(signature, take(keys, "own.pub"), "e"), "not made with an accepted key")
+    assert refused(signed_files(signature, take(keys, "own.pub"), "e"), "not made with an accepted key")
 
 
 def test_two_lists_in_one_payload_are_refused_although_the_signature_is_good(keys, model, monkeypatch):
     signature, real = library(keys, model), json.loads
     monkeypatch.setattr("registry.files.json.loads", lambda text, **how: _swap(real(text, **how)))
-    refused(signed_files(signature, take(keys, "own.pub"), "e"), "not made with an accepted key")
+    assert refused(signed_files(signature, take(keys, "own.pub"), "e"), "not made with an accepted key")
 
 
 def _swap(value):
