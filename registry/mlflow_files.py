@@ -126,6 +126,8 @@ class Files:
             return target
         with TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as scratch:
             get_artifact_repository(uri).download_artifacts("", scratch)
+            if not any(Path(scratch).iterdir()):
+                raise FoldinError(_nothing_there(where, uri))
             shutil.rmtree(target, ignore_errors=True)
             Path(scratch).rename(target)
         return target

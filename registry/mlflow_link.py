@@ -1,9 +1,9 @@
 """The connection to one MLflow, and its errors as foldin's. With its three neighbours the only file that imports it."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from urllib.parse import urlparse
 
 import mlflow
 from botocore.exceptions import BotoCoreError, ClientError
@@ -42,7 +42,7 @@ class Link:
                     code="E_MLFLOW",
                     what="MLflow did not do what was asked",
                     where=f"MLflow at {_without_password(self.uri)}",
-                    found=shown(str(error).strip().partition("\n")[0]),
+                    found=shown(_without_password(str(error).strip().partition("\n")[0])),
                     remedy="check that it runs and that tracking_uri in foldin.toml is right, then try again",
                 )
             ) from error
@@ -83,6 +83,6 @@ def short(tags: Mapping[str, str]) -> dict[str, str]:
     return {key: value[:TAG_LIMIT] for key, value in tags.items()}
 
 
-def _without_password(uri: str) -> str:
-    parsed = urlparse(uri)
-    return uri.replace(f":{parsed.password}@", ":***@") if parsed.password else uri
+def _without_password(text: str) -> str:
+    """A text without the passwords of the URLs in it."""
+    return re.sub(r"(://[^/\s@:]*:)[^\s@]+@", r"\1***@", text)

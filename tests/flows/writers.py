@@ -1,0 +1,23 @@
+"""What one of many writers does, in a module that costs a new process little: neither torch nor foldin is imported."""
+
+from pathlib import Path
+
+from safetensors.numpy import load_file, save_file
+
+from experiments.plain_client import register_expert
+
+TENSOR = "encoder.layer.0.output.dense.bias"
+
+
+def register_some(uri, files, expert, numbers, folder):
+    """Register experts of one's own, a tensor apart from each other, as a team's client would."""
+    weights = load_file(expert / "model.safetensors")
+    for number in numbers:
+        mine = Path(folder) / str(number)
+        mine.mkdir(parents=True)
+        for path in expert.iterdir():
+            (mine / path.name).hardlink_to(path)
+        (mine / "model.safetensors").unlink()
+        changed = {**weights, TENSOR: weights[TENSOR] + 1e-3 * (number + 1)}
+        save_file(changed, mine / "model.safetensors", {"format": "pt"})
+        register_expert(uri, "tiny-experts", mine, "words", files)
