@@ -30,6 +30,7 @@ class RegistryConfig:
     artifact_root: str = ""  # where MLflow keeps files; "" = a folder in home, or the server's own choice
     ledger_url: str = ""  # SQLAlchemy URL; "" = SQLite in home
     openlineage: str = ""  # where OpenLineage events about folds go: http(s)://SERVER, or a file; "" = nowhere
+    cache: float = 10.0  # gigabytes; of what is read from S3 over and over
     keep: float = 5.0  # versions before a champion, and newest versions, whose files `foldin gc` leaves
     lease_seconds: float = 60.0  # a worker that says nothing for so long may be taken over
 

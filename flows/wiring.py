@@ -60,10 +60,12 @@ def house(config_file: str) -> House:
     from registry.far import trust
     from registry.ledger import Ledger
     from registry.mlflow_store import MlflowStore
+    from registry.ranged import keep_near
 
     config = load(Path(config_file))
     for folder in ("downloads", "experts"):
         trust(config.home / folder)
+    keep_near(config.home / "tensors", int(config.registry.cache * 1e9))
     return House(
         config,
         Ledger(ledger_url(config), patience=30.0),

@@ -3,17 +3,13 @@
 The list lies beside the folder, `downloads/versions/demo/3` and `downloads/versions/demo/3.far.json`, and is believed
 only below folders of foldin's own (`trust`), where nothing that comes from a stranger can be put. A far file is known
 by its etag, which every request names, and by SHA-256: of the whole, and of each tensor, taken in one pass when the
-file is first seen. So it is read whole once, and after that by tensors, each of which is compared with its digest; no
-copy of it is made here.
+file is first seen. So it is read whole once, and after that by tensors (`registry.ranged`); no copy of it is made here.
 """
 
 import hashlib
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
-from io import RawIOBase
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,20 +19,14 @@ from registry.records import FoldinError
 from registry.stored import Object
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
     from registry.headers import Span
     from registry.objects import Objects
 
 SUFFIX = ".far.json"
 TENSORS = "foldin/tensors.json"  # of a version: file -> its SHA-256, and tensor -> digest
 SMALL = 2**20  # bytes; what is smaller is brought here, weights or not
-LOOKS = 3  # at bytes that are not what they were: a bit may have flipped on the way
-AHEAD = 4  # tensors on their way at a time
 NOTHING_HERE: Mapping[str, Object] = MappingProxyType({})
 _trusted: set[Path] = set()
-_coming: dict[tuple[Object, int, int], "Future[bytearray]"] = {}
-_coming_lock = threading.Lock()
 
 
 class Far(NamedTuple):
@@ -60,11 +50,6 @@ def store() -> "Objects":
     from registry.objects import Objects
 
     return Objects()
-
-
-@cache
-def _bringers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(AHEAD, "foldin-far")
 
 
 def trust(folder: Path) -> None:
@@ -224,59 +209,3 @@ def digests(
         at = end
     done |= {span.name: digest.hexdigest() for span, digest in waiting if span.begin == span.end}
     return whole.hexdigest(), done
-
-
-class Reader(RawIOBase):
-    """A far file as a file that can be read from its beginning."""
-
-    def __init__(self, found: Object) -> None:
-        self._found, self._at = found, 0
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        """The next bytes."""
-        view = memoryview(buffer)
-        end = min(self._at + len(view), self._found.size)
-        piece = store().read(self._found, self._at, end)
-        view[: len(piece)] = piece
-        self._at = end
-        return len(piece)
-
-
-def read_span(far: Far, begin: int, end: int, expected: str, start: "hashlib._Hash") -> bytearray | None:
-    """The bytes of one tensor, compared with its digest; None when they are others, after a second look.
-
-    Args:
-        far: the file.
-        begin: first byte of the tensor.
-        end: one past its last.
-        expected: its `tensor_sha256`; "" where none is known.
-        start: the digest before the bytes are added.
-    """
-    for _ in range(LOOKS):
-        content = _taken(far, begin, end)
-        digest = start.copy()
-        digest.update(content)
-        if digest.hexdigest() == expected:
-            return content
-    return None
-
-
-def expect_span(far: Far, begin: int, end: int) -> None:
-    """Begin to bring bytes that are read soon; nothing where enough is on its way already."""
-    with _coming_lock:
-        key = (far.stored, begin, end)
-        if key in _coming:
-            return
-        if len(_coming) == AHEAD:  # somebody changed their mind about the oldest
-            _coming.pop(next(iter(_coming))).cancel()
-        _coming[key] = _bringers().submit(store().read, *key)
-
-
-def _taken(far: Far, begin: int, end: int) -> bytearray:
-    with _coming_lock:
-        coming = _coming.pop((far.stored, begin, end), None)
-    return coming.result() if coming else store().read(far.stored, begin, end)

@@ -10,8 +10,9 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from registry.far import Reader, far_files
+from registry.far import far_files
 from registry.files import Place, open_regular, parse_json, read_json, shown
+from registry.ranged import Reader
 from registry.records import SYSTEM_ERRORS, TensorSpec
 from registry.stored import Object
 

@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from registry.far import Far, expect_span, far_files, read_span
+from registry.far import Far, far_files
 from registry.files import Place
 from registry.headers import Span, read_folder, read_header, start_digest
+from registry.ranged import expect_span, read_span
 from registry.records import TensorSpec
 
 DTYPES = {
@@ -106,7 +107,8 @@ class Checkpoint(Mapping[str, Tensor]):
         """Tell the system that a tensor is read soon, so that it comes from the disk while something is computed."""
         place = self.stored[name]
         if place.file in self.far:
-            expect_span(self.far[place.file], place.begin, place.end)
+            far = self.far[place.file]
+            expect_span(far, place.begin, place.end, far.tensors.get(place.name, ""))
             return
         with suppress(OSError):  # a hint; whether the file can be read shows when it is
             descriptor = os.open(self.folder / place.file, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,11 +1,11 @@
-"""A burst of registrations from many writers while two watchers run: every expert folded once, in version order.
+"""A burst of registrations from many writers while two watch: every expert folded once, in version order.
 
 FOLDIN_BURST says how many (`make chaos` takes a thousand, which is over half an hour on each back end).
 """
 
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import pytest
 from mlflow import MlflowClient
@@ -15,8 +15,7 @@ from flows.doctor import examine
 from flows.stack import servers
 from flows.versions import open_version
 from flows.wiring import artifact_root, house, tracking_uri
-from registry.records import FoldinError
-from tests.flows.writers import register_some
+from tests.flows.writers import register_some, watch_until
 
 pytestmark = [
     pytest.mark.integration,
@@ -41,20 +40,8 @@ def toml(request, workshop, prefect):
     house.cache_clear()
 
 
-def watch_until(toml, over):
-    """Look again and again, as services that hear of a registration late, twice or never."""
-    from flows.watch import watch
-
-    while not over():
-        try:
-            watch("tiny", str(toml))
-        except FoldinError as error:
-            if error.refusal.code not in {"E_LOCKED", "E_FENCED"}:  # the other watcher is at it
-                raise
-
-
 def burst(toml, expert, scratch, many):
-    """Register `many` experts from eight processes while two threads watch; returns the house afterwards."""
+    """Register `many` experts from eight processes while two others watch; returns the house afterwards."""
     from flows.watch import watch
 
     at = house(str(toml))
@@ -64,18 +51,17 @@ def burst(toml, expert, scratch, many):
     client.create_registered_model("tiny-experts")  # the plain client's own race is none of ours
     client.create_experiment("fine-tuning", artifact_location=files)
     spawn = multiprocessing.get_context("spawn")  # a fork would share connections
-    with ProcessPoolExecutor(WRITERS, spawn) as writers, ThreadPoolExecutor(WATCHERS) as watchers:
-        parts = ((range(first, many, WRITERS), scratch / str(first)) for first in range(WRITERS))
-        asked = [writers.submit(register_some, uri, files, expert, *part) for part in parts]
-
-        def over():
-            broken = any(each.done() and each.exception() for each in [*asked, *looking])
-            return broken or sum(each.state != "pending" for each in at.ledger.experts("tiny")) >= many
-
-        looking = []
-        looking += [watchers.submit(watch_until, toml, over) for _ in range(WATCHERS)]
-        for each in [*asked, *looking]:
-            each.result()
+    with spawn.Manager() as shared, ProcessPoolExecutor(WATCHERS + WRITERS, spawn) as pool:
+        broken = shared.Event()
+        asked = [pool.submit(watch_until, str(toml), many, broken) for _ in range(WATCHERS)]
+        for first in range(WRITERS):
+            numbers = range(first, many, WRITERS)
+            asked.append(pool.submit(register_some, uri, files, expert, numbers, scratch / str(first)))
+        try:
+            for each in as_completed(asked):
+                each.result()
+        finally:
+            broken.set()
     return at
 
 

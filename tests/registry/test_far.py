@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from registry import far
+from registry import far, ranged
 from registry.far import Far, far_files, look_again, mirror, names_in, note_far, write_digests
 from registry.files import hash_tree, sha256_file, verify_manifest, write_manifest
 from registry.headers import read_folder
@@ -130,10 +130,28 @@ def test_a_flipped_bit_on_the_way_is_noticed_and_the_tensor_asked_for_again(stor
     opened, right = Checkpoint.open(tmp_path / "m"), Checkpoint.open(folder)["a"]
     s3.proxy.next("GetObject", "flip")
     assert torch.equal(opened["a"], right)
-    for _ in range(far.LOOKS):
+    for _ in range(ranged.LOOKS):
         s3.proxy.next("GetObject", "flip")
     with pytest.raises(FoldinError, match=r"E_DIGEST .*tensor a: the tensor's bytes are others than before"):
         opened["a"]
+
+
+def test_what_was_read_once_is_near_and_damage_there_is_read_again(store, s3, folder, tmp_path, monkeypatch):
+    put(store, folder, at(s3, "v1"))
+    mirror(at(s3, "v1"), tmp_path / "v1", tmp_path / "seen")
+    monkeypatch.setattr(ranged, "_near", None)  # put back afterwards
+    ranged.keep_near(tmp_path / "near", 10**6)
+    first = {name: tensor.clone() for name, tensor in Checkpoint.open(tmp_path / "v1").items()}
+    again = Checkpoint.open(tmp_path / "v1")
+    after = sent(s3)
+    for name in again:
+        again.expect(name)
+        assert torch.equal(again[name], first[name])
+    assert sent(s3) == after
+    for path in (tmp_path / "near").glob("*/*"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert all(torch.equal(again[name], first[name]) for name in again)
+    assert sent(s3) > after
 
 
 def test_our_own_list_of_digests_spares_reading_all_and_is_believed_only_until_somebody_looks(
