@@ -149,7 +149,7 @@ def test_what_was_read_once_is_near_and_damage_there_is_read_again(store, s3, fo
         assert torch.equal(again[name], first[name])
     assert sent(s3) == after
     for path in (tmp_path / "near").glob("*/*"):
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")  # no float32 or bfloat16 of this size ends so
     assert all(torch.equal(again[name], first[name]) for name in again)
     assert sent(s3) > after
 
