@@ -141,6 +141,10 @@ def test_a_replay_that_begins_at_a_thin_version_gives_the_bytes_of_an_untouched_
     assert replayed() == untouched
     assert weights_of(at, 3).exists()
     assert not weights_of(at, 2).exists()
+    collect(at, "tiny", Keep(0, 100), "room", "ann")
+    assert not weights_of(at, 6).exists()
+    assert replayed() == untouched  # found again by its merge key, and had back
+    assert len(at.ledger.merges("tiny")) == 6
 
 
 def test_a_hand_moved_alias_is_adopted_and_its_version_had_back(at, toml, thinned):
