@@ -15,6 +15,7 @@ from flows.notifying import notify, spared
 from flows.recording import registered
 from flows.signing import require_signature
 from flows.telling import say
+from flows.thinning import restore
 from flows.versions import find_merge, verified
 from flows.waiting import WAITS, expert_of, facts_of, mend, settled_before, state_of, undecided, waiting
 from flows.wiring import House, house
@@ -142,6 +143,7 @@ def _take(at: House, lease: Lease, version: int, decision: Decision, because: st
     merge = undecided(at, line, version)
     if decision is Decision.APPROVED:
         require_signature(at, line, version, verified(at, line, version)[0])
+        restore(at, lease, version, because, who)
     move = at.ledger.decide(lease, merge, decision, because, who)
     if move.target is not None:
         follow(at, lease, move)

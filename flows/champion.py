@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from flows.signing import require_signature
+from flows.thinning import restore
 from flows.versions import find_merge, verified
 from flows.wiring import House
 from registry.lineage import open_moves, open_origins
@@ -12,7 +13,10 @@ Told = Callable[[str], None]
 
 # Why a version may not be champion. Anything else (a server that is away, a full disk) says nothing about it.
 UNFIT = frozenset(
-    {"E_VERSION", "E_GATE", "E_RETIRED", "E_DIGEST", "E_SIGNATURE", "E_SOURCE", "E_FILETYPE", "E_UNREACHABLE"}
+    {
+        *("E_VERSION", "E_GATE", "E_RETIRED", "E_DIGEST", "E_SIGNATURE", "E_SOURCE", "E_FILETYPE", "E_UNREACHABLE"),
+        *("E_THIN", "E_FORMAT", "E_FOLD"),  # its weights were given up, and cannot be had back
+    }
 )
 
 
@@ -39,13 +43,15 @@ def follow(house: House, lease: Lease, move: Event) -> None:
 
 
 def roll_back(house: House, lease: Lease, target: int, because: str, who: str) -> Event:
-    """Make another version the champion, verified again first.
+    """Make another version the champion, verified again first, its weights had back if they were given up.
 
     Raises:
         FoldinError: E_VERSION for an unknown version, E_GATE for one that did not pass, E_DIGEST for a damaged one,
-            E_SIGNATURE for one without the signature that the line asks for; the champion is then unchanged.
+            E_THIN for one whose weights cannot be had back, E_SIGNATURE for one without the signature that the line
+            asks for; the champion is then unchanged.
     """
     check_target(house, lease.line, target)
+    restore(house, lease, target, because, who)
     move = house.ledger.move(lease, "rollback", target, because, who)
     follow(house, lease, move)
     house.ledger.block(lease, "")
@@ -53,7 +59,10 @@ def roll_back(house: House, lease: Lease, target: int, because: str, who: str) -
 
 
 def check_target(house: House, line: str, version: int) -> None:
-    """Nothing, when a version may be champion: registered by foldin, passed or approved, whole, and signed as asked."""
+    """Nothing, when a version may be champion: registered by foldin, passed or approved, undamaged, signed as asked.
+
+    A thin one may be, once its weights are back.
+    """
     merge = find_merge(house, line, version)
     if not merge.may_serve:
         never, undecided = "the version did not pass its gate", "no person has approved the version"
@@ -121,6 +130,7 @@ def _adopt(house: House, lease: Lease, seen: int | None, blocked: str, told: Tol
             told(because)
             return False
         check_target(house, lease.line, seen)
+        restore(house, lease, seen, "the alias was moved in MLflow", "MLflow")
     except FoldinError as error:
         if error.refusal.code not in UNFIT:
             raise

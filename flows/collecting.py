@@ -1,162 +1,168 @@
-"""What takes room and nobody needs: old versions' files, copies, downloads, uploads that were never finished.
+"""What takes room and nobody needs: old versions' files, and what else lies about.
 
-A version is never deleted, only its files: it is retired, stays in MLflow and in the history, and cannot be champion.
+A version is never deleted, only files of it. An old one loses its serving weights, which can be had back
+(`flows.thinning`); a very old one all: it is retired, stays in MLflow and in the history, and cannot be champion.
 """
 
-import shutil
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from flows.champion import agree
+from flows.champion import UNFIT, agree
 from flows.leasing import held
+from flows.leftovers import Item, leftovers, remove
 from flows.telling import say
-from flows.versions import STATE_FILE, Memory, chain, retired
+from flows.thinning import restore, thin_out
+from flows.versions import chain, numbers_of, open_version, retired, thin
 from flows.waiting import waiting
 from flows.wiring import House
-from registry.far import note_far
-from registry.records import ExpertState, FoldinError, Refusal
-
-if TYPE_CHECKING:
-    from registry.stored import Upload
-
-DOCTOR = "`foldin doctor` says what is left of it"
-DAY = 86400.0  # seconds; what is younger may be somebody's work
+from registry.records import FoldinError, Lease
+from registry.serving import is_serving
 
 
-class Item(NamedTuple):
-    """Something that may go."""
+class Keep(NamedTuple):
+    """How many versions before the champion stay, and as many of the newest."""
 
-    kind: str  # version, copy, download or upload
-    name: str
-    size: int  # bytes; 0 where it is not known
-    why: str
-    version: int = 0  # of the kind version
+    whole: int
+    thin: int  # at least without their serving weights
 
 
-def sizes(house: House, line: str) -> dict[int, int]:
-    """Version -> bytes of its files, wherever they are; versions that were retired have none."""
+Stored = Mapping[int, Mapping[str, int]]  # version -> path -> bytes; {} for one that was retired
+
+
+def stored_of(house: House, line: str) -> Stored:
+    """The files of every version of a line, wherever they are, by their listings; versions that were retired have none.
+
+    Nothing is read.
+    """
     gone = retired(house, line)
     return {
-        each: house.mlflow.files.size(line, each) if each not in gone else 0 for each in sorted(_numbers(house, line))
+        each: house.mlflow.files.sizes(line, each) if each not in gone else {}
+        for each in sorted(numbers_of(house, line))
     }
 
 
-def collectable(house: House, line: str, keep: int, stored: Mapping[int, int]) -> list[Item]:
-    """What may go of a line, the versions first; `stored` as `sizes` gives."""
-    return [*_old_versions(house, line, keep, stored), *_rest(house, line)]
+def state_of_files(house: House, line: str) -> dict[int, str]:
+    """Version -> whole, thin or retired, as the line's history says."""
+    gone, slim = retired(house, line), thin(house, line)
+    return {
+        each: "retired" if each in gone else "thin" if each in slim else "whole"
+        for each in sorted(numbers_of(house, line))
+    }
 
 
-def collect(house: House, line: str, keep: int, because: str, who: str) -> list[Item]:
-    """What was removed; the line's history says which versions were retired. Each step is repeatable."""
+def garbage(house: House, line: str, keep: Keep, because: str, who: str, *, yes: bool) -> dict[str, Any]:
+    """The facts for people: bytes and files of every version, what may go, or with `yes` went, what stays and why."""
+    if yes:
+        items, left = collect(house, line, keep, because, who)
+        stored = stored_of(house, line)
+    else:
+        stored = stored_of(house, line)
+        items, left = collectable(house, line, keep, stored), {}
+    files = state_of_files(house, line)
+    versions = {each: {"bytes": sum(sizes.values()), "files": files[each]} for each, sizes in stored.items()}
+    return {"line": line, "versions": versions, "items": [each._asdict() for each in items], "left": left, "done": yes}
+
+
+def had_again(house: House, line: str, version: int, because: str, who: str) -> None:
+    """Give a thin version its serving weights back, because a person asks; raises as `restore` and `open_version`."""
+    with held(house, line, told=say) as lease:
+        open_version(house, line, version)
+        restore(house, lease, version, because, who)
+
+
+def collectable(house: House, line: str, keep: Keep, stored: Stored) -> list[Item]:
+    """What may go of a line, the versions first; `stored` as `stored_of` gives."""
+    return [
+        *_old_versions(house, line, keep, stored),
+        *_old_weights(house, line, keep, stored),
+        *leftovers(house, line),
+    ]
+
+
+def collect(house: House, line: str, keep: Keep, because: str, who: str) -> tuple[list[Item], dict[int, str]]:
+    """What was removed, and the versions that had to stay whole: why. Each step is repeatable.
+
+    The line's history says which versions were retired and which are thin.
+    """
     with held(house, line, told=say) as lease:
         agree(house, lease, say, "collect")
-        versions = _old_versions(house, line, keep, sizes(house, line))
+        stored = stored_of(house, line)
+        versions = _old_versions(house, line, keep, stored)
         for item in versions:
             if item.version not in retired(house, line):
                 house.ledger.remark(lease, "retired", f"v{item.version}: {because}", who)
             house.ledger.leases.check(lease)
             house.mlflow.retire(line, item.version)
-        rest = _rest(house, line)  # only now: retiring takes long
+        weights = _old_weights(house, line, keep, stored)
+        left = _thin_out(house, lease, [each.version for each in weights], because, who)
+        rest = leftovers(house, line)  # only now: the others take long
         for item in rest:
             house.ledger.leases.check(lease)
-            _remove(house, item)
-    return [*versions, *rest]
+            remove(house, item)
+    return [*versions, *(each for each in weights if each.version not in left), *rest], left
+
+
+def _thin_out(house: House, lease: Lease, versions: Sequence[int], because: str, who: str) -> dict[int, str]:
+    """Thin versions; those for which that cannot be: why. None is while the base is not as it was."""
+    left, first = dict[int, str](), min(numbers_of(house, lease.line))
+    try:
+        if versions:
+            open_version(house, lease.line, first, whole=True)
+    except FoldinError as error:
+        return dict.fromkeys(versions, f"nothing gives its weights back: {_about_a_version(error)}")
+    for version in versions:
+        try:
+            thin_out(house, lease, version, because, who)
+        except FoldinError as error:
+            left[version] = _about_a_version(error)
+    return left
+
+
+def _about_a_version(error: FoldinError) -> str:
+    """What an error says, when it is about a version; else it is raised: the machine, the store, the lease."""
+    if error.refusal.code not in UNFIT | {"E_ALIAS"}:
+        raise error
+    return str(error)
 
 
 def needed(house: House, line: str, keep: int) -> set[int]:
-    """The versions whose files stay: the base, the champion and its nearest ancestors, the newest, what waits."""
+    """The versions that stay when so many are kept: the base, the champion, its nearest ancestors, the newest.
+
+    And what waits for a person, and what an alias names.
+    """
     champion = house.ledger.line(line).champion
     ancestors = chain(house, line, champion) if champion else []
-    numbers = sorted(_numbers(house, line))
+    numbers = sorted(numbers_of(house, line))
     current = waiting(house, line)
     newest = numbers[-keep:] if keep else []
     kept = {*ancestors[: keep + 1], *numbers[:1], *newest, *house.mlflow.aliased(line)}
     return kept | ({current.version} if current and current.version else set())
 
 
-def _old_versions(house: House, line: str, keep: int, stored: Mapping[int, int]) -> list[Item]:
+def _old_versions(house: House, line: str, keep: Keep, stored: Stored) -> list[Item]:
     """The versions that nobody needs and that have files; one that was retired has, when that was cut off."""
-    kept, gone = needed(house, line, keep), retired(house, line)
+    many, gone = max(keep), retired(house, line)
     old = (
-        version for version in stored.keys() - kept if version not in gone or house.mlflow.files.there(line, version)
+        version
+        for version in stored.keys() - needed(house, line, many)
+        if version not in gone or house.mlflow.files.there(line, version)
     )
-    why = f"no champion within {keep} folds, and not among the newest"
-    return [Item("version", f"{line} v{version}", stored[version], why, version) for version in sorted(old)]
+    why = _too_old(many)
+    return [
+        Item("version", f"{line} v{version}", sum(stored[version].values()), why, version) for version in sorted(old)
+    ]
 
 
-def _rest(house: House, line: str) -> list[Item]:
-    return [*_downloads(house, line), *_copies(house), *_uploads(house)]
+def _old_weights(house: House, line: str, keep: Keep, stored: Stored) -> list[Item]:
+    """The serving weights, where they are there, of versions that stay and that nobody needs whole."""
+    old = needed(house, line, max(keep)) - needed(house, line, keep.whole) - retired(house, line)
+    sizes = {
+        version: sum(size for name, size in stored[version].items() if is_serving(name))
+        for version in sorted(old & stored.keys())
+    }
+    why = _too_old(keep.whole)
+    return [Item("weights", f"{line} v{version}", size, why, version) for version, size in sizes.items() if size]
 
 
-def _downloads(house: House, line: str) -> Iterator[Item]:
-    """Copies of versions that MLflow has; they are fetched again when somebody asks."""
-    champion = house.ledger.line(line).champion
-    for folder in sorted((house.config.home / "downloads/versions" / line).glob("*")):
-        if folder.is_dir() and folder.name != str(champion):
-            yield Item("download", str(folder), _bytes(folder), "MLflow has it")
-
-
-def _copies(house: House) -> Iterator[Item]:
-    """Our own copies of experts that are in no version with files; none while an expert waits to be folded."""
-    held = set[str]()
-    for line in house.ledger.lines():
-        if house.ledger.experts(line.name, ExpertState.PENDING):
-            return
-        for version in _numbers(house, line.name) - retired(house, line.name):
-            held |= {each.tree_sha256 for each in _memory(house, line.name, version).experts}
-    for folder in sorted(house.experts.glob("[0-9a-f][0-9a-f]/*")):
-        if folder.is_dir() and folder.name not in held and _is_old(folder.stat().st_mtime):
-            yield Item("copy", str(folder), _bytes(folder), "no version with files holds it")
-
-
-def _memory(house: House, line: str, version: int) -> Memory:
-    """What a version remembers, of which no other file is fetched."""
-    with TemporaryDirectory(dir=house.config.home) as folder:
-        where = f"{line} v{version}"
-        if not house.mlflow.files.single(line, version, STATE_FILE, Path(folder)):
-            raise FoldinError(Refusal("E_SOURCE", "the version's memory is gone", where, STATE_FILE, remedy=DOCTOR))
-        return Memory.read(Path(folder), where)
-
-
-def _uploads(house: House) -> Iterator[Item]:
-    return (Item("upload", left.uri, 0, "begun a day ago and never finished") for left in abandoned(house))
-
-
-def abandoned(house: House) -> "list[Upload]":
-    """The uploads to the line's store that were begun long ago and never finished; younger ones may be somebody's."""
-    root = house.config.registry.artifact_root
-    if not root.startswith("s3://"):
-        return []
-    from registry.far import store
-
-    return [left for left in store().unfinished(root) if _is_old(left.begun)]
-
-
-def _is_old(seconds: float) -> bool:
-    return seconds < time.time() - DAY
-
-
-def _remove(house: House, item: Item) -> None:
-    if item.kind == "upload":
-        from registry.far import store
-
-        for left in (each for each in abandoned(house) if each.uri == item.name):
-            store().abort(left)
-        return
-    folder = Path(item.name)
-    scratch = folder.with_name(f".{folder.name}.tmp")  # gone at once, whoever dies in here; `sweep` knows such names
-    shutil.rmtree(scratch, ignore_errors=True)
-    folder.rename(scratch)
-    shutil.rmtree(scratch, ignore_errors=True)
-    note_far(folder, {})
-
-
-def _numbers(house: House, line: str) -> set[int]:
-    return {merge.version for merge in house.ledger.merges(line) if merge.version is not None}
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _too_old(many: int) -> str:
+    return f"no champion within {many} folds, and not among the newest"

@@ -32,6 +32,7 @@ class RegistryConfig:
     openlineage: str = ""  # where OpenLineage events about folds go: http(s)://SERVER, or a file; "" = nowhere
     cache: float = 10.0  # gigabytes; of what is read from S3 over and over
     keep: float = 5.0  # versions before a champion, and newest versions, whose files `foldin gc` leaves
+    keep_thin: float = 100.0  # the same, of which it leaves at least all but the serving weights
     lease_seconds: float = 60.0  # a worker that says nothing for so long may be taken over
 
 

@@ -7,8 +7,9 @@ from hashlib import sha256
 
 from flows.chains import check_versions_of
 from flows.champion import check_target
-from flows.collecting import abandoned
+from flows.leftovers import abandoned
 from flows.starting import check_settings
+from flows.versions import thin
 from flows.waiting import misplaced
 from flows.wiring import House, is_dead
 from registry.lineage import open_moves
@@ -54,6 +55,7 @@ def check_line(house: House, line: str) -> Iterator[Refusal]:
         yield Refusal("E_BLOCKED", facts.blocked, f"line {line}", remedy="move the alias to a version that passed")
     yield from _check_champion(house, line, seen)
     yield from _check_candidate(house, line)
+    yield from _check_aliases(house, line, seen)
     holder = house.ledger.leases.holder(line).holder
     if holder and is_dead(holder):
         what = "the process that worked on the line is dead"
@@ -89,6 +91,14 @@ def _check_candidate(house: House, line: str) -> Iterator[Refusal]:
             f"run `foldin watch {line}`; it mends it",
         )
         yield Refusal("E_ALIAS", what, f"line {line}", expected=belongs, found=stands, remedy=remedy)
+
+
+def _check_aliases(house: House, line: str, champion: int | None) -> Iterator[Refusal]:
+    """Users load what an alias names, and a thin version cannot be loaded; the champion's is told already."""
+    slim = thin(house, line) - {champion}
+    for version in sorted(slim & house.mlflow.aliased(line)) if slim else ():
+        what, remedy = "an alias names a version without serving weights", f"foldin gc {line} --restore {version}"
+        yield Refusal("E_THIN", what, f"{line} v{version}", remedy=remedy)
 
 
 def check_uploads(house: House) -> Iterator[Refusal]:

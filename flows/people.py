@@ -101,21 +101,38 @@ def replay(
 @click.option(
     "--keep", type=click.IntRange(min=0), help="Versions before the champion that stay; default: [registry] keep."
 )
+@click.option(
+    "--keep-thin",
+    type=click.IntRange(min=0),
+    help="The same, that stay but for their serving weights; default: [registry] keep_thin.",
+)
 @click.option("--yes", is_flag=True, help="Do it; without, only say what would go.")
+@click.option("--restore", "back", type=int, help="Instead: make the serving weights of this thin version again.")
 @click.option("--because", default="foldin gc", help="Kept in the line's history.")
 @click.option("--json", "as_json", is_flag=True, help="The facts as JSON.")
 @click.pass_obj
-def gc(options: dict[str, Any], line: str, keep: int | None, yes: bool, because: str, as_json: bool) -> None:
-    """What of LINE takes room and nobody needs; with --yes it goes."""
+def gc(
+    options: dict[str, Any],
+    line: str,
+    keep: int | None,
+    keep_thin: int | None,
+    yes: bool,
+    back: int | None,
+    because: str,
+    as_json: bool,
+) -> None:
+    """What of LINE takes room and nobody needs; with --yes it goes. Old versions can get their weights back."""
     house = house_of(options)
-    from flows.collecting import collect, collectable, sizes
+    from flows.collecting import Keep, garbage, had_again
     from flows.printing import print_garbage
 
-    many = int(house.config.registry.keep) if keep is None else keep
-    stored = sizes(house, line)
-    items = collect(house, line, many, because, getpass.getuser()) if yes else collectable(house, line, many, stored)
-    facts = {"line": line, "versions": stored, "items": [each._asdict() for each in items], "done": yes}
-    answer(facts, as_json, print_garbage)
+    if back is not None:
+        had_again(house, line, back, because, getpass.getuser())
+        click.echo(f"{line}: v{back} is whole")
+        return
+    ours = house.config.registry
+    many = Keep(int(ours.keep) if keep is None else keep, int(ours.keep_thin) if keep_thin is None else keep_thin)
+    answer(garbage(house, line, many, because, getpass.getuser(), yes=yes), as_json, print_garbage)
 
 
 @click.command()

@@ -44,6 +44,21 @@ def plan_for(settings: LineConfig, recipe: Recipe, base: Version, parent: Versio
     )
 
 
+def plan_to_read(settings: LineConfig, base: Version, version: Version) -> Plan:
+    """The plan of making a version's serving weights again, from the base and the version's own state: nothing to fold.
+
+    What was done with which tensor was decided when the version was made; patterns that changed since change nothing.
+    """
+    from evaluation.architecture import anatomy
+
+    weights, slots, memory = base.weights(), version.slots(), version.memory
+    kinds = kinds_of(replace(settings, plain=(), project=()), weights, anatomy(base.folder, list(weights)))
+    kinds, touched = replace(kinds, projected=frozenset(memory.projected)), _touched(slots)
+    names = tuple(name for name in weights.stored if name in touched)
+    profile = numerics_profile(settings.device)
+    return Plan(memory.method, memory.parameters, weights, slots, (), kinds, memory.stats, names, (), {}, profile)
+
+
 def make_plan(
     method: str,
     parameters: Mapping[str, Any],

@@ -17,6 +17,7 @@ from evaluation.escape import clean
 
 STYLES = {"folded": "green", "rejected": "red", "quarantined": "red", "pending": "yellow", "rolled-back": "yellow"}
 REFUSED = ("rejected", "quarantined")
+THIN = "thin: made again from base and state when they are needed"
 LONG = 100_000  # characters; what foldin itself wrote is not cut
 
 
@@ -109,7 +110,8 @@ def _refused(expert: Mapping[str, Any]) -> Text:
 
 def _label(node: Mapping[str, Any], champion: int | None) -> Text:
     content = f"+ {clean(node['task'])}  ({clean(node['expert'])})" if node["expert"] else "base"
-    text = f"v{node['version']}  {content}{', retired' if node.get('retired') else ''}"
+    files = ", retired" if node.get("retired") else ", thin" if node.get("thin") else ""
+    text = f"v{node['version']}  {content}{files}"
     if node["version"] == champion:
         return Text(f"{text}  <- champion", style="bold green")
     if node["state"] == "needs-approval":
@@ -127,7 +129,7 @@ def print_show(facts: Mapping[str, Any]) -> None:
         "parents": clean(" <- ".join(f"v{parent}" for parent in facts["parents"]), LONG) or "none: this is the base",
         "experts": "\n".join(experts) or "none",
         "method": clean(f"{facts['method']} ({parameters})", LONG),
-        "weights": facts["weights_sha256"],
+        "weights": facts["weights_sha256"] + (f", {THIN}" if facts.get("thin") else ""),
         "base": facts["base_sha256"],
         "manifest": facts["manifest_sha256"],
         "verdict": clean(facts["verdict"] + _by(facts["decided"]), 1000),
@@ -204,10 +206,10 @@ def print_replay(facts: Mapping[str, Any]) -> None:
 
 
 def print_garbage(facts: Mapping[str, Any]) -> None:
-    """Bytes of every version, and what may go."""
-    table = _table("version", "bytes")
-    for version, size in facts["versions"].items():
-        table.add_row(f"v{version}", f"{size:,}")
+    """Bytes of every version and which of its files are there, what may go, and what cannot."""
+    table = _table("version", "bytes", "files")
+    for version, each in facts["versions"].items():
+        table.add_row(f"v{version}", f"{each['bytes']:,}", each["files"])
     console().print(table)
     items = _table("removed" if facts["done"] else "would go", "", "bytes", "why")
     for each in facts["items"]:
@@ -215,6 +217,8 @@ def print_garbage(facts: Mapping[str, Any]) -> None:
     whole = sum(each["size"] for each in facts["items"])
     if facts["items"]:
         console().print(items)
+    for version, why in facts["left"].items():
+        console().print(_text(f"v{version} stays whole: {why}", 1000))
     done = "removed" if facts["done"] else "may go; --yes removes them" if facts["items"] else "may go"
     console().print(f"{len(facts['items'])} things, {whole:,} bytes, {done}.")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.naming import find_expert
-from flows.versions import PAGE_FILE, REPORT_FILE, chain, find_merge, open_version, retired
+from flows.versions import PAGE_FILE, REPORT_FILE, chain, find_merge, open_version, retired, thin
 from flows.waiting import decided_by, facts_of, state_of
 from flows.wiring import House, is_dead
 from registry.files import read_json
@@ -40,12 +40,17 @@ def log(house: House, name: str) -> dict[str, Any]:
     current = set(chain(house, name, champion)) if champion else set()
     merges = house.ledger.merges(name)
     states = {each.version: state_of(house, each) for each in merges if each.version is not None}
-    places, gone = met(merges, experts), retired(house, name)
+    places, gone, slim = met(merges, experts), retired(house, name), thin(house, name)
     return {
         "line": name,
         "champion": champion,
         "versions": [
-            {**_node(node, current), "state": states[node.version], "retired": node.version in gone}
+            {
+                **_node(node, current),
+                "state": states[node.version],
+                "retired": node.version in gone,
+                "thin": node.version in slim,
+            }
             for node in tree(merges, experts)
         ],
         "experts": [{**expert_facts(each), "into": places[each.id]} for each in experts],
@@ -66,6 +71,7 @@ def show(house: House, name: str, number: int | None) -> dict[str, Any]:
         "merge_key": merge.merge_key,
         "manifest_sha256": version.manifest_sha256,
         "weights_sha256": memory.weights_sha256,
+        "thin": version.thin,
         "base_sha256": memory.base_sha256,
         "method": memory.method,
         "parameters": dict(memory.parameters),

@@ -10,6 +10,7 @@ from flows.folding import Candidate
 from flows.judging import Judged
 from flows.publishing import metrics_of, register, show, write_version_manifest
 from flows.reporting import write_report
+from flows.thinning import restore
 from flows.work import Work
 from registry.records import Merge
 
@@ -36,6 +37,9 @@ def registered(work: Work, merge: Merge, candidate: Candidate, record: "Record")
     """The merge with the version that its candidate was registered as, manifest last."""
     at, line, key = work.house, work.lease.line, merge.merge_key
     known = {name: digest for name, digest in candidate.files.items() if name != CARD_FILE}  # it was the base's
+    earlier = at.ledger.merge(key)
+    if earlier is not None and earlier.version is not None:
+        restore(at, work.lease, earlier.version, f"{work.expert.name} was folded into it again", "foldin")
     write_version_manifest(candidate.folder, line, key, work.parent, merge.verdict, known, far=bool(at.far))
     version, manifest = register(at, line, key, merge.run_id, candidate.folder, metrics_of(record), work.expert.name)
     return replace(merge, version=version, manifest_sha256=manifest)

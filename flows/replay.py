@@ -23,6 +23,7 @@ from flows.recording import recorded, registered
 from flows.scoring import Bench, Subject, known_tasks, score, task_of
 from flows.starting import check_settings
 from flows.telling import bar, say
+from flows.thinning import had_back
 from flows.versions import Folded, Version, chain, find_merge, open_version, retired
 from flows.wiring import House, house
 from flows.work import Work, work_on
@@ -123,6 +124,7 @@ def described(left: Sequence[Expert], order: Sequence[str]) -> str:
 def grow(at: House, settings: LineConfig, lease: Lease, champion: Version, kept: Sequence[Expert]) -> Branch:
     """Fold what is kept, from the newest ancestor of the champion that holds nothing else."""
     head, done = beginning(at, lease.line, champion.number, [each.id for each in kept])
+    head = had_back(at, lease, head, "a replay begins at it", "foldin")
     start, outcomes = head.number, list[dict[str, Any]]()
     before = {(each.model, each.version): each for each in champion.memory.experts}
     say(f"{lease.line}: replaying {len(kept) - done} of {len(kept)} experts from v{start}")

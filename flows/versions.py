@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flows.wiring import House
+from registry.far import names_in
 from registry.files import MANIFEST, read_json, sha256_file, shown, verify_manifest
-from registry.lineage import ancestry, parents_of
+from registry.lineage import ancestry, parents_of, thinned
 from registry.lineage import retired as retired_in
 from registry.records import FoldinError, Merge, Refusal
+from registry.serving import serving_files
 
 if TYPE_CHECKING:
     from registry.weights import Checkpoint
@@ -91,6 +93,7 @@ class Version:
     folder: Path
     manifest_sha256: str
     memory: Memory
+    thin: bool = False  # its serving weights were given up
 
     @property
     def where(self) -> str:
@@ -98,9 +101,15 @@ class Version:
         return f"version {self.number}"
 
     def weights(self) -> "Checkpoint":
-        """The serving weights, lazily."""
+        """The serving weights, lazily.
+
+        Raises:
+            FoldinError: E_THIN when they were given up; or as `Checkpoint.open`.
+        """
         from registry.weights import Checkpoint
 
+        if self.thin:
+            raise FoldinError(_given_up(self.number))
         return Checkpoint.open(self.folder, self.where)
 
     def slots(self) -> "Checkpoint | None":
@@ -126,14 +135,15 @@ def open_version(house: House, line: str, number: int, *, whole: bool = False) -
         FoldinError: as `verified`, and as `Memory.read` for a version that another foldin made.
     """
     folder, manifest = verified(house, line, number, whole=whole)
-    return Version(number, folder, manifest, Memory.read(folder, f"{line} v{number}"))
+    memory = Memory.read(folder, f"{line} v{number}")
+    return Version(number, folder, manifest, memory, number in thin(house, line))
 
 
 def verified(house: House, line: str, number: int, *, whole: bool = True) -> tuple[Path, str]:
     """The folder of a version and its manifest's digest, every file compared with what the ledger recorded.
 
     Weights that lie in S3 are read for that only when asked for as a `whole`; else each tensor is compared when it is
-    read.
+    read. The serving weights of a thin version are not looked at.
 
     Raises:
         FoldinError: E_DIGEST naming the file that differs, or E_VERSION when foldin never registered it.
@@ -142,15 +152,27 @@ def verified(house: House, line: str, number: int, *, whole: bool = True) -> tup
     if number in retired(house, line):
         what, remedy = "the version was retired, its files are gone", f"choose another of `foldin log {line}`"
         raise FoldinError(Refusal("E_RETIRED", what, f"{line} v{number}", remedy=remedy))
-    folder = house.mlflow.folder(line, number)
-    where = f"{line} v{number}"
+    is_thin = number in thin(house, line)
+    folder = _folder(house, line, merge)
+    if not is_thin and not serving_files(folder).keys() <= set(names_in(folder)):
+        house.mlflow.files.forget(line, number)  # brought here while it was thin
+        folder = _folder(house, line, merge)
     if whole:
         house.mlflow.files.look_again(folder)
-    manifest = sha256_file(folder / MANIFEST) if (folder / MANIFEST).exists() else ""
-    wrong = verify_manifest(folder) if manifest == merge.manifest_sha256 else [_other_manifest(where, merge, manifest)]
+    wrong = verify_manifest(folder, serving_files(folder) if is_thin else ())
     if wrong:
         raise FoldinError(wrong[0])
-    return folder, manifest
+    return folder, merge.manifest_sha256
+
+
+def _folder(house: House, line: str, merge: Merge) -> Path:
+    """The folder of a version, with the manifest that was recorded."""
+    number = merge.version or 0
+    folder = house.mlflow.folder(line, number)
+    manifest = sha256_file(folder / MANIFEST) if (folder / MANIFEST).exists() else ""
+    if manifest != merge.manifest_sha256:
+        raise FoldinError(_other_manifest(f"{line} v{number}", merge, manifest))
+    return folder
 
 
 def history(version: Version, name: str) -> list[dict[str, float]]:
@@ -169,6 +191,11 @@ def bests(version: Version) -> dict[str, tuple[float, str]]:
 def retired(house: House, line: str) -> set[int]:
     """The versions whose files were given up (`foldin gc`)."""
     return retired_in((event.kind, event.because) for event in house.ledger.events(line))
+
+
+def thin(house: House, line: str) -> set[int]:
+    """The versions whose serving weights were given up, and can be made again (`flows.thinning`)."""
+    return thinned((event.kind, event.because) for event in house.ledger.events(line))
 
 
 def find_merge(house: House, line: str, number: int) -> Merge:
@@ -193,6 +220,11 @@ def find_merge(house: House, line: str, number: int) -> Merge:
     )
 
 
+def numbers_of(house: House, line: str) -> set[int]:
+    """The versions that foldin registered."""
+    return {merge.version for merge in house.ledger.merges(line) if merge.version is not None}
+
+
 def chain(house: House, line: str, number: int) -> list[int]:
     """A version and its ancestors, newest first; the last one is the base."""
     return ancestry(parents_of(house.ledger.merges(line)), number)
@@ -208,6 +240,11 @@ def _other_format(where: str, found: object) -> Refusal:
         found=f"format {shown(found)}",
         remedy="start a new line and register its experts there; the versions of this one can still be loaded",
     )
+
+
+def _given_up(number: int) -> Refusal:
+    what, remedy = "the serving weights were given up to save room", f"foldin gc LINE --restore {number}"
+    return Refusal("E_THIN", what, f"version {number}", remedy=remedy)
 
 
 def _other_manifest(where: str, merge: Merge, found: str) -> Refusal:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from flows.admission import Admitted
 from flows.config import LineConfig
 from flows.scoring import own_suites
+from flows.thinning import restore
 from flows.versions import Version, chain, open_version, retired
 from flows.wiring import House, merge_key
 from registry.records import Expert, ExpertVersion, Lease
@@ -54,6 +55,7 @@ def work_on(
     """Everything a merge reads, verified: the version it folds into, the champion when None, and the base."""
     number = into or at.ledger.line(lease.line).champion
     assert number is not None, "reconcile lets nothing be folded before the base is champion"
+    restore(at, lease, number, f"{expert.name} is folded into it", "foldin")
     parent = open_version(at, lease.line, number)
     first = chain(at, lease.line, number)[-1]
     base = parent if first == number else open_version(at, lease.line, first)

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -254,8 +254,11 @@ def write_manifest(folder: Path, facts: Mapping[str, object], known: Mapping[str
     return hashlib.sha256(content).hexdigest()
 
 
-def verify_manifest(folder: Path) -> list[Refusal]:
-    """Every file that is missing, extra or different from the folder's manifest; [] when the folder is whole."""
+def verify_manifest(folder: Path, without: Collection[str] = ()) -> list[Refusal]:
+    """Every file that is missing, extra or different from the folder's manifest; [] when the folder is whole.
+
+    The files named in `without` are not looked at: they may be missing, or half there.
+    """
     try:
         listed = read_json(folder / MANIFEST).get("files")
         found = hash_tree(folder)
@@ -264,7 +267,7 @@ def verify_manifest(folder: Path) -> list[Refusal]:
     if not isinstance(listed, dict):
         return [Place(str(folder), MANIFEST).refuse("E_DIGEST", "the manifest lists no files").refusal]
     found = {name: digest for name, digest in found.items() if name not in OUTSIDE}
-    names = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
+    names = sorted(name for name in {*listed, *found}.difference(without) if listed.get(name) != found.get(name))
     return [_differs(folder, name, listed.get(name), found.get(name)) for name in names]
 
 

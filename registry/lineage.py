@@ -50,7 +50,20 @@ def tree(merges: Iterable[Merge], experts: Iterable[Expert]) -> tuple[Node, ...]
 
 def retired(events: Iterable[tuple[str, str]]) -> set[int]:
     """The versions whose files were given up, from (kind, because) of a line's events: those retired say "v3: why"."""
-    return {int(because.partition(":")[0].removeprefix("v")) for kind, because in events if kind == "retired"}
+    return {_version_in(because) for kind, because in events if kind == "retired"}
+
+
+def thinned(events: Iterable[tuple[str, str]]) -> set[int]:
+    """The versions whose serving weights were given up and not had back, from the same; what was retired is not."""
+    found = dict[int, str]()
+    for kind, because in events:
+        if kind in ("thinned", "restored", "retired"):
+            found[_version_in(because)] = kind
+    return {version for version, kind in found.items() if kind == "thinned"}
+
+
+def _version_in(because: str) -> int:
+    return int(because.partition(":")[0].removeprefix("v"))
 
 
 def met(merges: Iterable[Merge], experts: Iterable[Expert]) -> dict[int, int | None]:

@@ -1,6 +1,7 @@
 """The files behind registered versions: where they lie, brought here when they are elsewhere, uploaded whole."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,22 +57,46 @@ class Files:
             uri = self._link.client.get_model_version_download_uri(line, str(version))
             return bool(get_artifact_repository(uri).list_artifacts())
 
-    def size(self, line: str, version: int) -> int:
-        """Bytes of what lies behind a version, by its listing; 0 when there is nothing."""
+    def sizes(self, line: str, version: int) -> dict[str, int]:
+        """Path -> bytes of what lies behind a version, by its listing; {} when there is nothing."""
         with self._link.reached():
             artifacts = get_artifact_repository(self._link.client.get_model_version_download_uri(line, str(version)))
-            folders, total = [""], 0
+            folders, found = [""], dict[str, int]()
             while folders:
                 for each in artifacts.list_artifacts(folders.pop() or None):
                     folders += [each.path] if each.is_dir else []
-                    total += each.file_size or 0
-            return total
+                    found |= {} if each.is_dir else {each.path: each.file_size or 0}
+            return found
 
     def remove(self, line: str, version: int) -> None:
         """Remove what lies behind a version, and what was brought here of it."""
         with self._link.reached():
             uri = self._link.client.get_model_version_download_uri(line, str(version))
             get_artifact_repository(uri).delete_artifacts()
+        self.forget(line, version)
+
+    def drop(self, line: str, version: int, names: Iterable[str]) -> None:
+        """Remove some of the files behind a version, and what was brought here of it; what is gone already is well."""
+        with self._link.reached():
+            uri = self._link.client.get_model_version_download_uri(line, str(version))
+            for name in names:
+                if uri.startswith("s3://"):
+                    store().remove(f"{uri}/{name}")
+                else:
+                    get_artifact_repository(uri).delete_artifacts(name)
+        self.forget(line, version)
+
+    def put(self, line: str, version: int, folder: Path, names: Iterable[str]) -> None:
+        """Upload some of a version's files to where they were."""
+        with self._link.reached():
+            source = self._link.client.get_model_version(line, str(version)).source
+            model = self._link.client.get_logged_model(source.removeprefix("models:/"))
+            for name in names:
+                self._send(model, folder / name, name)
+        self.forget(line, version)
+
+    def forget(self, line: str, version: int) -> None:
+        """Remove what was brought here of a version; it is brought again when somebody asks."""
         known = self._cache / "versions" / line / str(version)
         shutil.rmtree(known, ignore_errors=True)
         note_far(known, {})

@@ -16,6 +16,7 @@ from registry.records import ExpertVersion, FoldinError, Refusal
 
 CHAMPION = "champion"
 CANDIDATE = "candidate"  # the version that waits for a person; users do not load it
+STATE = "foldin.state"  # tag of a version: retired, thin; none where all files are there
 
 
 class MlflowStore:
@@ -125,8 +126,18 @@ class MlflowStore:
 
     def retire(self, line: str, version: int) -> None:
         """Remove the files behind a version; it stays registered, and says so."""
-        self.label(line, version, {"foldin.state": "retired"})
+        self.label(line, version, {STATE: "retired"})
         self.files.remove(line, version)
+
+    def thin(self, line: str, version: int, names: Iterable[str]) -> None:
+        """Remove some files behind a version; it says so, and keeps the others."""
+        self.label(line, version, {STATE: "thin"})
+        self.files.drop(line, version, names)
+
+    def unlabel(self, line: str, version: int) -> None:
+        """Say of a version no more that files of it are missing."""
+        with self._reached():
+            self._client.delete_model_version_tag(line, str(version), STATE)
 
     def versions(self, line: str) -> list[int]:
         """The numbers of a line's registered versions, ascending."""

@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -112,6 +113,35 @@ def verbs(capsys, prefect):
     yield of
     os.environ.clear()
     os.environ.update(before)
+
+
+def backup(source, target):
+    """The content of a database that others have open."""
+    with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(target)) as written:
+        read.backup(written)
+
+
+@contextmanager
+def keeping(at):
+    """What the block does to the ledger, to MLflow and to files is undone."""
+    home, aside = at.config.home, Path(mkdtemp(dir=at.config.folder))
+    shutil.copytree(home / "artifacts", aside / "artifacts")
+    for name in ("ledger.db", "mlflow.db"):
+        backup(home / name, aside / name)
+    try:
+        yield
+    finally:
+        shutil.rmtree(home / "artifacts")
+        shutil.move(aside / "artifacts", home / "artifacts")
+        for name in ("ledger.db", "mlflow.db"):
+            backup(aside / name, home / name)
+        shutil.rmtree(aside)
+
+
+@pytest.fixture(scope="session")
+def kept():
+    """A function: what its block does to the ledger, to MLflow and to files of a house is undone."""
+    return keeping
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.plain_client import register_expert
-from flows.collecting import collectable, needed, sizes
+from flows.collecting import Keep, collectable, needed, stored_of
 from flows.doctor import examine
 from flows.versions import open_version
 from flows.wiring import artifact_root, house, tracking_uri
@@ -33,20 +33,20 @@ def toml(tmp_path_factory, furnish, prefect, zoo):
 def test_old_versions_lose_their_files_and_nothing_that_is_needed_does(toml, verbs, zoo):
     verb = verbs(toml)
     at = house(str(toml))
-    assert collectable(at, "tiny", 5, sizes(at, "tiny")) == []
+    assert collectable(at, "tiny", Keep(5, 5), stored_of(at, "tiny")) == []
     assert needed(at, "tiny", 1) == {1, 4, 5}
     assert needed(at, "tiny", 0) == {1, 5}
     weights = open_version(at, "tiny", 5).memory.weights_sha256
-    code, out, _ = verb("gc", "tiny", "--keep", 1, "--json")
+    code, out, _ = verb("gc", "tiny", "--keep", 1, "--keep-thin", 1, "--json")
     facts = json.loads(out)
     assert code == 0
     assert [each["name"] for each in facts["items"] if each["kind"] == "version"] == ["tiny v2", "tiny v3"]
     versions = [each for each in facts["items"] if each["kind"] == "version"]
-    assert all(each["size"] == facts["versions"][each["name"][-1]] > 100_000 for each in versions)
+    assert all(each["size"] == facts["versions"][each["name"][-1]]["bytes"] > 100_000 for each in versions)
     at = house(str(toml))
     assert open_version(at, "tiny", 2)  # a look removes nothing
-    assert "would go" in verb("gc", "tiny", "--keep", 1)[1]
-    assert verb("gc", "tiny", "--keep", 1, "--yes", "--because", "room")[0] == 0
+    assert "would go" in verb("gc", "tiny", "--keep", 1, "--keep-thin", 1)[1]
+    assert verb("gc", "tiny", "--keep", 1, "--keep-thin", 1, "--yes", "--because", "room")[0] == 0
     at = house(str(toml))
     for version in (2, 3):
         with pytest.raises(FoldinError, match=f"E_RETIRED tiny v{version}: the version was retired"):
@@ -55,8 +55,8 @@ def test_old_versions_lose_their_files_and_nothing_that_is_needed_does(toml, ver
         assert at.mlflow.expert("tiny", version).tags["foldin.state"] == "retired"
     assert open_version(at, "tiny", 5).memory.weights_sha256 == weights
     assert examine(at) == []
-    assert collectable(at, "tiny", 1, sizes(at, "tiny")) == []
-    assert verb("gc", "tiny", "--keep", 1, "--yes")[0] == 0  # again
+    assert collectable(at, "tiny", Keep(1, 1), stored_of(at, "tiny")) == []
+    assert verb("gc", "tiny", "--keep", 1, "--keep-thin", 1, "--yes")[0] == 0  # again
     code, _, said = verb("rollback", "tiny", "--to", 2, "--because", "x")
     assert (code, "E_RETIRED tiny v2" in said) == (1, True)
     assert "v2  + task-1  (tiny-experts v1), retired" in verb("log", "tiny")[1]

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sqlite3
-from contextlib import closing, contextmanager
 
 import pytest
 from sqlalchemy import delete, select, update
@@ -54,29 +52,6 @@ def at(toml):
     found = house(str(toml))
     yield found
     found.ledger.close()
-
-
-def backup(source, target):
-    """The content of a database that others have open."""
-    with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(target)) as written:
-        read.backup(written)
-
-
-@contextmanager
-def kept(at):
-    """What the block does to the ledger, to MLflow and to files is undone."""
-    home, aside = at.config.home, at.config.folder / "aside"
-    shutil.copytree(home / "artifacts", aside / "artifacts")
-    for name in ("ledger.db", "mlflow.db"):
-        backup(home / name, aside / name)
-    try:
-        yield
-    finally:
-        shutil.rmtree(home / "artifacts")
-        shutil.move(aside / "artifacts", home / "artifacts")
-        for name in ("ledger.db", "mlflow.db"):
-            backup(aside / name, home / name)
-        shutil.rmtree(aside)
 
 
 def told(at):
@@ -165,7 +140,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_a_planted_fault_is_found_and_named(at, plant):
+def test_a_planted_fault_is_found_and_named(at, plant, kept):
     assert told(at) == []
     code, words = PLANTED[plant]
     with kept(at):
@@ -174,7 +149,7 @@ def test_a_planted_fault_is_found_and_named(at, plant):
     assert told(at) == []
 
 
-def test_the_verb_names_what_it_finds_and_ends_with_one(at, toml, verbs):
+def test_the_verb_names_what_it_finds_and_ends_with_one(at, toml, verbs, kept):
     verb = verbs(toml)
     assert verb("--quiet", "doctor")[:2] == (0, "")
     with kept(at):
@@ -184,7 +159,7 @@ def test_the_verb_names_what_it_finds_and_ends_with_one(at, toml, verbs):
     assert verb("--quiet", "doctor", "--json")[:2] == (0, "[]\n")
 
 
-def test_a_lost_ledger_comes_back_from_mlflow(at, toml, verbs, zoo):
+def test_a_lost_ledger_comes_back_from_mlflow(at, toml, verbs, zoo, kept):
     verb = verbs(toml)
     before = {name: verb("--quiet", name, "tiny", "--json")[1] for name in ("log", "status", "show")}
     assert {each["state"] for each in json.loads(before["log"])["experts"]} == {"folded", "quarantined", "rejected"}
@@ -205,7 +180,7 @@ def test_a_lost_ledger_comes_back_from_mlflow(at, toml, verbs, zoo):
         assert verb("--quiet", "doctor")[:2] == (0, "")
 
 
-def test_a_history_that_contradicts_the_versions_is_not_believed(at, toml):
+def test_a_history_that_contradicts_the_versions_is_not_believed(at, toml, kept):
     from flows.rebuilding import rebuild
 
     with kept(at):
@@ -222,7 +197,7 @@ def test_a_history_that_contradicts_the_versions_is_not_believed(at, toml):
         assert fresh.ledger.lines() == []
 
 
-def test_a_history_that_was_changed_is_not_believed(at):
+def test_a_history_that_was_changed_is_not_believed(at, kept):
     with kept(at):
         stale_history(at)
         with pytest.raises(FoldinError, match="E_HISTORY history of line tiny in MLflow"):

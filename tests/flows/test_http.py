@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -43,6 +44,23 @@ def server(tmp_path_factory):
         process.terminate()
 
 
+def check_thinning(workshop, verb):
+    """Version 3, which is not the champion now, gives its weights up and has them back, over HTTP, signed as it was."""
+    whole, brought = json.loads(verb("gc", "tiny", "--json")[1]), workshop / ".foldin/downloads/versions/tiny/3"
+    code, out, said = verb("gc", "tiny", "--keep", 0, "--yes", "--json")
+    assert (code, json.loads(out)["left"]) == (0, {}), said
+    assert json.loads(out)["versions"]["3"]["files"] == "thin"
+    assert verb("doctor")[0] == 0
+    assert not (brought / "model.safetensors").exists()
+    shutil.copytree(brought, workshop / "aside")
+    assert verb("rollback", "tiny", "--to", 3, "--because", "a test")[0] == 0
+    assert json.loads(verb("gc", "tiny", "--json")[1])["versions"] == whole["versions"]
+    shutil.rmtree(brought)
+    shutil.move(workshop / "aside", brought)  # another machine brought it while it was thin
+    assert verb("doctor")[0] == 0
+    assert (brought / "model.safetensors").exists()
+
+
 def test_the_whole_loop_through_the_command_line(server, workshop, zoo, verbs, write_key):
     toml = workshop / "foldin.toml"
     text = toml.read_text().replace("[registry]\n", f'[registry]\ntracking_uri = "{server}"\n')
@@ -59,6 +77,7 @@ def test_the_whole_loop_through_the_command_line(server, workshop, zoo, verbs, w
     assert verb("rollback", "tiny", "--because", "a test")[:2] == (0, "tiny: v3 -> v2\n")
     assert [expert["task"] for expert in json.loads(verb("show", "tiny", "--json")[1])["experts"]] == ["task-1"]
     assert verb("doctor")[0] == 0
+    check_thinning(workshop, verb)
     mlflow.set_tracking_uri(server)
     mlflow.artifacts.download_artifacts("models:/tiny/3", dst_path=str(workshop / "downloaded"))
     command = [sys.executable, "-m", "model_signing", "verify", "key", "downloaded", "--public_key", "own.pub"]

@@ -10,9 +10,10 @@ from experiments.plain_client import register_expert
 from flows.config import load
 from flows.doctor import examine
 from flows.stack import servers
+from flows.versions import open_version
 from flows.wiring import house
 from registry import database, far
-from registry.files import sha256_file
+from registry.files import hash_tree, sha256_file
 from registry.objects import Objects
 
 pytestmark = [
@@ -87,10 +88,8 @@ def test_the_bytes_are_those_of_an_embedded_line(toml, zoo, tmp_path_factory, fu
     path, line = toml
     folded(path, line, zoo, 1, 2)
     embedded = furnish(tmp_path_factory.mktemp("embedded")) / "foldin.toml"
-    from flows.versions import open_version
     from flows.watch import watch
     from flows.wiring import artifact_root, tracking_uri
-    from registry.files import hash_tree
 
     there = open_version(house(str(path)), line, 3, whole=True)
     theirs = {name: digest for name, digest in hash_tree(there.folder).items() if name.endswith(".safetensors")}
@@ -104,6 +103,30 @@ def test_the_bytes_are_those_of_an_embedded_line(toml, zoo, tmp_path_factory, fu
     assert ours == theirs
     assert version.memory.weights_sha256 == there.memory.weights_sha256
     here.ledger.close()
+
+
+@pytest.mark.chaos
+def test_old_weights_leave_the_store_and_come_back(toml, zoo, verbs):
+    path, line = toml
+    folded(path, line, zoo, 1, 2)
+    at, store, verb = house(str(path)), Objects(), verbs(path)
+    uri = at.mlflow._client.get_model_version_download_uri(line, "2")
+    before = hash_tree(open_version(at, line, 2, whole=True).folder)
+    code, out, _ = verb("gc", line, "--keep", 0, "--yes", "--json")
+    removed = [each["name"] for each in json.loads(out)["items"] if each["kind"] == "weights"]
+    assert (code, removed) == (0, [f"{line} v2"])
+    assert "model.safetensors" not in store.below(uri)
+    at = house(str(path))
+    assert examine(at) == []
+    assert open_version(at, line, 2).thin
+    assert verb("rollback", line, "--to", 2, "--because", "a test")[0] == 0
+    at = house(str(path))
+    assert "model.safetensors" in store.below(uri)
+    version = open_version(at, line, 2, whole=True)
+    assert hash_tree(version.folder) == before
+    assert len(version.weights()) > 0
+    assert examine(at) == []
+    assert stored_here(at, zoo) == []
 
 
 @pytest.mark.chaos
