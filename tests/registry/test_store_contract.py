@@ -258,16 +258,28 @@ def test_a_label_is_replaced_and_the_others_stay(store, client, folder, line):
 def test_a_retired_version_has_no_files_and_stays_registered(store, folder, line):
     for key in ("k1", "k2"):
         publish(store, line, folder, key)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert store.files.size(line, 1) == store.files.size(line, 2) == size
+    listed = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert store.files.sizes(line, 1) == store.files.sizes(line, 2) == listed
     store.folder(line, 1)
     for _ in range(2):  # again, as after a kill
         store.retire(line, 1)
     assert not store.files.there(line, 1)
-    assert store.files.size(line, 1) == 0
+    assert store.files.sizes(line, 1) == {}
     assert store.expert(line, 1).tags["foldin.state"] == "retired"
     assert store.versions(line) == [1, 2]
     assert hash_tree(store.folder(line, 2)) == hash_tree(folder)
+
+
+def test_single_files_of_a_version_go_and_come_back(store, folder, line, registry, tmp_path):
+    publish(store, line, folder)
+    whole, names = hash_tree(folder), ["weights.bin", "foldin/state/part.bin"]
+    for _ in range(2):  # again, as after a kill
+        store.files.drop(line, 1, names)
+    assert hash_tree(store.folder(line, 1)).keys() == whole.keys() - set(names)
+    for _ in range(2):
+        store.files.put(line, 1, folder, names)
+    assert hash_tree(store.folder(line, 1)) == whole
+    assert hash_tree(MlflowStore(*registry, tmp_path / "another machine").folder(line, 1)) == whole
 
 
 def test_single_files_are_read_as_they_are_now(store, folder, line, tmp_path):
