@@ -1,6 +1,8 @@
 """The files behind registered versions: where they lie, brought here when they are elsewhere, uploaded whole."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +38,16 @@ class Files:
         known = self._cache / "versions" / line / str(version)
         whole = known.is_dir() and not is_mirror(known)
         return known if whole else self._behind(line, version, known, ours=True)
+
+    @contextmanager
+    def brought(self, uri: str, where: str, name: str) -> Iterator[Path]:
+        """The local folder behind an artifact URI while the block runs; what was downloaded for it then goes."""
+        with self._link.reached():
+            folder = self._local(uri, where, self._cache / "brought" / name)
+        yield folder
+        if folder.is_relative_to(self._cache):
+            shutil.rmtree(folder)
+            note_far(folder, {})
 
     def look_again(self, folder: Path) -> None:
         """Read whatever is far of a version's folder whole, as `far.look_again`."""
