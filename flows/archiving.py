@@ -78,7 +78,7 @@ def _archived(house: House, lease: Lease, base: Version, expert: Folded, toleran
     source = _original(house, expert)
     if source.is_adapter:
         say(f"{name}: an adapter is small already; it is not archived, so keep its version in MLflow")
-        return _row(name, "adapter, kept as it is", None)
+        return _row(name, "an adapter, kept as it is", None)
     scratch = house.work(lease.line)
     scratch.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=scratch, prefix="archive-") as folder:
