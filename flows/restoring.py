@@ -7,7 +7,7 @@ the digest of its manifest, which the line's history in the ledger names: nothin
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -158,6 +158,17 @@ def restored(house: House, archive: Archive) -> tuple[intake.Admitted, Record]:
         what, expected, found = "what was restored has another digest", archive.restored_sha256, copy.tree_sha256
         raise Place(where, "", LOST).refuse("E_ARCHIVE", what, expected[:12], found[:12])
     return copy, record
+
+
+def check_archives(house: House, line: str) -> Iterator[Refusal]:
+    """What is wrong with the archives that a line's history names."""
+    for archive in archives(house):
+        if archive.line == line:
+            try:
+                with house.mlflow.archives.opened(line, archive.manifest_sha256) as folder:
+                    check_archive(folder, archive.manifest_sha256, f"archive of expert {archive.expert}")
+            except FoldinError as error:
+                yield error.refusal
 
 
 def base_of(house: House, line: str) -> Version:

@@ -215,7 +215,8 @@ def copy_of(house: House, owner: Folded) -> Path:
         gone = f"files {copy.tree_sha256[:12]}"
     archive = archive_of(house, owner.tree_sha256)
     if archive:
-        return restored(house, archive)[0].folder
+        path = house.experts / archive.restored_sha256[:2] / archive.restored_sha256
+        return path if path.exists() else restored(house, archive)[0].folder
     if isinstance(copy, Refusal):
         raise FoldinError(copy)
     raise FoldinError(

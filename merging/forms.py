@@ -10,57 +10,21 @@ True
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from merging.coding import LARGEST, decoded, encoded
-from merging.measure import blocks, quadrature
 from merging.spectrum import directions, gram, row_blocks
+from merging.target import Target, largest_step, norm, quantised
 
 Parts = Mapping[str, Tensor]
 SPREAD = 0.3  # (mean size / root mean square)^2 of a change from which on it is not sparse; 0.64 of normal values
 SPARSE = 8  # at most one entry in so many is kept by its place
-TRIES = 6  # steps looked at
-NEAR = 0.97  # of the tolerance: near enough
+LARGE = 1024  # short side of a matrix from which on PROBE of its rows are looked at first
+PROBE = 512
 WHOLE = 2.0**52  # sums of whole numbers below this are exact in float64, in whatever order they are made
-
-
-class Target(NamedTuple):
-    """What is to be restored, and how well."""
-
-    base: Tensor  # any shape, floating point
-    expert: Tensor  # shape of the base, floating point
-    change: Tensor  # expert - base, float32 or float64, finite
-    norm: float  # of the change, Frobenius, > 0
-    tolerance: float  # of the relative error
-
-    def error(self, change: Tensor) -> float:  # shape of the base
-        """The relative error when another change is added to the base."""
-        return self.distance(added(self.base, change, self.expert.dtype))
-
-    def distance(self, restored: Tensor) -> float:  # dtype and shape of the expert
-        """||restored - expert|| / ||expert - base||, float64; NaN or infinite where the restored is not finite."""
-        found, own = restored.reshape(-1), self.expert.reshape(-1)
-        return norm(found[part].double() - own[part].double() for part in blocks(own)) / self.norm
-
-
-def wide(base: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """In which dtype a change is computed: float32, or float64 where one of both is."""
-    return torch.promote_types(torch.promote_types(base.dtype, dtype), torch.float32)
-
-
-def added(base: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
-    """base + change, rounded to a dtype."""
-    work = wide(base, dtype)
-    return (base.to(work) + change.to(work)).to(dtype)
-
-
-def norm(pieces: Iterable[Tensor]) -> float:
-    """The Frobenius norm of what comes in pieces."""
-    return quadrature(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) for piece in pieces)
 
 
 # dense: every entry
@@ -71,10 +35,10 @@ def dense(target: Target) -> Parts | None:
     flat, shape = target.change.reshape(-1), target.change.shape
 
     def restored(step: float) -> Tensor:
-        return (_quantised(flat, step).double() * step).reshape(shape)
+        return (quantised(flat, step).double() * step).reshape(shape)
 
-    step = _largest_step(target, restored, target.tolerance * target.norm * math.sqrt(12 / len(flat)))
-    return {"codes": encoded(_quantised(flat, step)), "step": _scalar(step)} if step else None
+    step = largest_step(target, restored, target.tolerance * target.norm * math.sqrt(12 / len(flat)))
+    return {"codes": encoded(quantised(flat, step)), "step": _scalar(step)} if step else None
 
 
 def read_dense(parts: Parts, shape: torch.Size) -> Tensor:  # -> shape, float64
@@ -97,14 +61,14 @@ def sparse(target: Target) -> Parts | None:
     dropped = max(0.0, 1 - (norm([values]) / target.norm) ** 2)
 
     def restored(step: float) -> Tensor:
-        return _scattered(_quantised(values, step).double() * step, places, target.change.shape)
+        return _scattered(quantised(values, step).double() * step, places, target.change.shape)
 
     begin = target.norm * math.sqrt(12 * max(target.tolerance**2 - dropped, 0.0) / len(values))
-    step = _largest_step(target, restored, begin)
+    step = largest_step(target, restored, begin)
     if not step:
         return None
     gaps = encoded(torch.diff(places, prepend=torch.tensor([-1])) - 1)
-    return {"places": gaps, "codes": encoded(_quantised(values, step)), "step": _scalar(step), "count": _count(places)}
+    return {"places": gaps, "codes": encoded(quantised(values, step)), "step": _scalar(step), "count": _count(places)}
 
 
 def read_sparse(parts: Parts, shape: torch.Size) -> Tensor:  # -> shape, float64
@@ -151,7 +115,7 @@ def factors(target: Target) -> Parts | None:
     left, right, sigma, dropped = found
 
     def kept(step: float) -> Parts:
-        codes = _quantised(left, step), _quantised(right, step)
+        codes = quantised(left, step), quantised(right, step)
         return {"left": codes[0], "right": codes[1], "scale": _exact(*codes, step**2 / sigma)}
 
     def restored(step: float) -> Tensor:
@@ -159,7 +123,7 @@ def factors(target: Target) -> Parts | None:
 
     entries = left.numel() + right.numel()
     begin = target.norm * math.sqrt(12 * max(target.tolerance**2 - dropped, 0.0) / entries)
-    step = _largest_step(target, restored, begin)
+    step = largest_step(target, restored, begin)
     if not step:
         return None
     made = kept(step)
@@ -182,6 +146,8 @@ def _leading(matrix: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, fl
     if matrix.shape[0] < matrix.shape[1]:
         found = _leading(matrix.mT, target)
         return found and (found[1], found[0], *found[2:])
+    if matrix.shape[1] > LARGE and not _may_be_low(matrix, target.tolerance):
+        return None
     sigma, basis = directions(gram(matrix))
     left = 1 - sigma.square().cumsum(0) / target.norm**2
     rank = int((left > target.tolerance**2 / 2).sum()) + 1
@@ -190,6 +156,14 @@ def _leading(matrix: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, fl
     long = torch.cat([matrix[rows].double() @ basis[:, :rank] for rows in row_blocks(*matrix.shape)])
     short = basis[:, :rank] * sigma[:rank]
     return long.mT.contiguous(), short.mT.contiguous(), sigma[:rank], max(0.0, float(left[rank - 1]))
+
+
+def _may_be_low(matrix: Tensor, tolerance: float) -> bool:
+    """Whether half as many directions as rows that are looked at hold enough of those: all directions cost minutes."""
+    rows = matrix[:: matrix.shape[0] // PROBE][:PROBE]
+    sigma, _ = directions(gram(rows.mT))
+    energy = sigma.square()
+    return float(energy[PROBE // 2 :].sum()) <= tolerance**2 * float(energy.sum())
 
 
 def _exact(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:  # (k, rows), (k, columns), (k,) float64 -> (k,)
@@ -208,33 +182,6 @@ def _exact(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:  # (k, rows), 
 
 def _product(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:  # -> (rows, columns), float64
     return (left.mT * scale) @ right.double()
-
-
-# steps
-
-
-def _quantised(values: Tensor, step: float) -> Tensor:  # -> same shape, int32
-    """values / step, rounded, from what is divided in float64."""
-    flat, codes = values.reshape(-1), torch.empty(values.numel(), dtype=torch.int32)
-    for part in blocks(flat):
-        codes[part] = (flat[part].double() / step).round().clamp(1 - LARGEST, LARGEST - 1).to(torch.int32)
-    return codes.reshape(values.shape)
-
-
-def _largest_step(target: Target, restored: Callable[[float], Tensor], begin: float) -> float:
-    """The largest of a few steps whose error is within the tolerance; 0.0 where none is."""
-    best, step = 0.0, begin
-    for _ in range(TRIES):
-        if not (step > 0 and math.isfinite(1 / step)):
-            break
-        error = target.error(restored(step))
-        fits = error <= target.tolerance
-        best = max(best, step) if fits else best
-        if fits and error >= NEAR * target.tolerance:
-            break
-        wished = 0.99 * target.tolerance / error if error > 0 else 4.0
-        step *= min(4.0, max(0.25, wished)) if math.isfinite(error) else 0.25
-    return best
 
 
 def _scalar(value: float) -> Tensor:

@@ -19,21 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from merging.forms import (
-    Parts,
-    Target,
-    added,
-    dense,
-    factors,
-    norm,
-    read_dense,
-    read_factors,
-    read_sparse,
-    sparse,
-    wide,
-)
+from merging.forms import Parts, dense, factors, read_dense, read_factors, read_sparse, sparse
 from merging.measure import blocks
 from merging.method import MergeError
+from merging.target import Target, added, norm, wide
 
 LEAST = 1e-4  # the smallest tolerance; below it the tensor itself is hardly larger
 HEADER = 100  # bytes that a file's header says about one part, about

@@ -1,4 +1,4 @@
-"""The connection to one MLflow, and its errors as foldin's. With its four neighbours the only file that imports it."""
+"""The connection to one MLflow, and its errors as foldin's. With its three neighbours the only file that imports it."""
 
 import logging
 from collections.abc import Iterator, Mapping

@@ -133,10 +133,13 @@ def test_a_flipped_bit_or_a_lost_file_of_an_archive_is_named(at):
                 (folder / name).write_bytes(wrong) if wrong else (folder / name).unlink()
                 with pytest.raises(FoldinError, match=f"E_DIGEST archive of expert tiny-experts v1, file {name}: "):
                     restored(at, found)
+                told = [(each.code, each.where, each.file) for each in check_line(at, "tiny")]
+                assert told == [("E_DIGEST", "archive of expert tiny-experts v1", name)]
                 (folder / name).write_bytes(content)
         aside = shutil.move(folder, folder.with_name("aside"))
         with pytest.raises(FoldinError, match="E_SOURCE archive"):
             restored(at, found)
+        assert [each.code for each in check_line(at, "tiny")] == ["E_SOURCE"]
         shutil.move(aside, folder)
     assert not home.exists()
     assert restored(at, found)[0].folder == home

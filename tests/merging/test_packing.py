@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from merging import MergeError
 from merging.coding import LARGEST, decoded, encoded
-from merging.forms import Target, factors, read_factors
+from merging.forms import factors, read_factors
 from merging.packing import MAKERS, pack, unpack
+from merging.target import Target
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((), (1,), (7,), (1, 9), (33, 20), (20, 33), (4, 6, 5), (3, 2, 2, 2))
@@ -113,6 +114,11 @@ def test_each_kind_of_change_has_its_form(kind, form):
     packed = pack(*pair(kind, (200, 150), 1), 0.03)
     assert packed.form == form
     assert packed.size < 200 * 150 * 4 / (5 if form == "dense" else 20)
+
+
+@pytest.mark.parametrize(("kind", "form"), [("normal", "dense"), ("low", "factors")])
+def test_of_a_large_matrix_some_rows_tell_whether_its_rank_is_low(kind, form):
+    assert pack(*pair(kind, (1100, 1200), 1), 0.03).form == form
 
 
 def test_a_larger_tolerance_never_takes_more_bytes():
