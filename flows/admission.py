@@ -47,9 +47,17 @@ class Admitted:
 
 
 def admit(
-    house: House, settings: LineConfig, base: Version, expert: Expert, found: ExpertVersion
+    house: House,
+    settings: LineConfig,
+    base: Version,
+    expert: Expert,
+    found: ExpertVersion,
+    archived: intake.Admitted | None = None,
 ) -> Admitted | Refusal:
     """The expert, ready to be folded; or why it may not be.
+
+    `archived` is what its archive gave back, where the original is gone: the signature was of the original, and was
+    looked at when that was folded.
 
     Errors that are not the expert's (MLflow or the ledger out of reach, a full disk, whatever is wrong with the files
     of the base, a broken suite of the line's own) are raised.
@@ -64,10 +72,10 @@ def admit(
         refusal = _check_tags(base, found, task, where) or _check_guards(settings, task, where)
         if refusal:
             return refusal
-        files = intake.admit(house.mlflow.fetch(found), house.experts, where, keep=house.far)
+        files = archived or intake.admit(house.mlflow.fetch(found), house.experts, where, keep=house.far)
         if isinstance(files, Refusal):
             raise FoldinError(files)
-        refusal = check_expert(accepts, files, where)
+        refusal = None if archived else check_expert(accepts, files, where)
         if refusal:
             return refusal
         admitted = _read(base, (expert.model, expert.version), task, files, own, where)

@@ -8,6 +8,7 @@ from hashlib import sha256
 from flows.chains import check_versions_of
 from flows.champion import check_target
 from flows.leftovers import abandoned
+from flows.restoring import check_archives
 from flows.starting import check_settings
 from flows.versions import thin
 from flows.waiting import misplaced
@@ -64,6 +65,7 @@ def check_line(house: House, line: str) -> Iterator[Refusal]:
     elif not holder:
         yield from _check_history(house, line)
     yield from check_versions_of(house, line, registered)
+    yield from check_archives(house, line)
 
 
 def _check_champion(house: House, line: str, seen: int | None) -> Iterator[Refusal]:

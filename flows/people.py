@@ -147,3 +147,20 @@ def requeue(options: dict[str, Any], line: str, expert: str, because: str) -> No
     name = again(house_of(options), line, expert, because, getpass.getuser())
     click.echo(f"{name}: pending")
     say(f"Next: foldin watch {line}")
+
+
+@click.command()
+@click.argument("line")
+@click.argument("experts", nargs=-1)
+@click.option(
+    "--tolerance", default=0.01, show_default=True, help="Largest error of a tensor's change, relative to it."
+)
+@click.option("--json", "as_json", is_flag=True, help="The facts as JSON.")
+@click.pass_obj
+def archive(options: dict[str, Any], line: str, experts: tuple[str, ...], tolerance: float, as_json: bool) -> None:
+    """Keep EXPERTS that the champion of LINE holds, or all of them, as compressed changes, for replays."""
+    house = house_of(options)
+    from flows.archiving import archive as keep
+    from flows.archiving import print_archives
+
+    answer(keep(house, line, experts, tolerance, getpass.getuser()), as_json, print_archives)

@@ -192,6 +192,7 @@ def print_replay(facts: Mapping[str, Any]) -> None:
     table = _table("expert", "beside the champion", "why not")
     for each in facts["experts"]:
         became = f"{each['state']} as v{each['version']}" if each["version"] else each["state"]
+        became += f", from its archive (error {each['error']:.4f})" if each["source"] == "archive" else ""
         table.add_row(_text(each["expert"]), became, _text(each["reason"], 240))
     if facts["experts"]:
         console().print(table)

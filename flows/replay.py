@@ -11,13 +11,13 @@ from typing import Any
 
 from prefect import flow
 
-from flows.admission import Admitted, admit
 from flows.champion import agree, check_target, follow
 from flows.config import LineConfig
 from flows.judging import Judged
 from flows.leasing import held
 from flows.merge import fold_tensors, judge, surroundings
 from flows.naming import find_expert
+from flows.readmitting import Again, readmit
 from flows.recipe import recipe_of
 from flows.recording import recorded, registered
 from flows.scoring import Bench, Subject, known_tasks, score, task_of
@@ -26,7 +26,6 @@ from flows.telling import bar, say
 from flows.thinning import had_back
 from flows.versions import Folded, Version, chain, find_merge, open_version, retired
 from flows.wiring import House, house
-from flows.work import Work, work_on
 from registry.records import Decision, Expert, FoldinError, Lease, Merge, Refusal
 from registry.verdicts import Outcome, Report, TaskScore, Verdict
 
@@ -151,25 +150,18 @@ def fold_beside(
     at: House, settings: LineConfig, lease: Lease, expert: Expert, folded: Folded, head: Version
 ) -> tuple[Version, dict[str, Any]]:
     """The branch with one more expert, registered beside the champion; as it was when the gate rejects it."""
-    found = at.mlflow.expert(expert.model, expert.version)
-    if found is None:
-        what, remedy = "the expert was deleted in MLflow", "leave it out of the replay too, with --without"
-        raise FoldinError(Refusal("E_SOURCE", what, f"expert {expert.name}", remedy=remedy))
     # No person is asked in between; what the last rung rejects and a person approved before stays approved.
-    work = work_on(at, replace(settings, approval="on-reject"), lease, expert, found, head.number)
-    admitted = admit(at, work.settings, work.base, expert, found)
-    if isinstance(admitted, Refusal):
-        raise FoldinError(admitted)
-    _check_same(expert, admitted, folded)
+    work, admitted, archive = readmit(at, replace(settings, approval="on-reject"), lease, expert, folded, head.number)
     recipe = recipe_of(settings, head.memory)
     candidate = fold_tensors(work, admitted, recipe)
     if isinstance(candidate, Refusal):
         raise FoldinError(candidate)
-    return _kept(work, admitted, judge(work, admitted, candidate, recipe), head)
+    return _kept(Again(work, admitted, archive), judge(work, admitted, candidate, recipe), head)
 
 
-def _kept(work: Work, admitted: Admitted, judged: Judged, head: Version) -> tuple[Version, dict[str, Any]]:
+def _kept(again: Again, judged: Judged, head: Version) -> tuple[Version, dict[str, Any]]:
     """The branch after a judged fold, and what became of its expert."""
+    work, admitted, archive = again
     at, lease, expert = work.house, work.lease, work.expert
     merge, record = recorded(work, admitted, judged)
     approved = merge.verdict.outcome is Outcome.WAITING and _stays_approved(at, merge)
@@ -178,6 +170,8 @@ def _kept(work: Work, admitted: Admitted, judged: Judged, head: Version) -> tupl
         "state": "rejected",
         "reason": merge.verdict.reason,
         "version": None,
+        "source": "archive" if archive else "original",
+        "error": archive.error if archive else 0.0,
     }
     if merge.verdict.passed or approved:
         kept = replace(merge, decided=Decision.APPROVED if approved else None)
@@ -186,21 +180,9 @@ def _kept(work: Work, admitted: Admitted, judged: Judged, head: Version) -> tupl
         head = open_version(at, lease.line, kept.version or 0)
         outcome |= {"state": "approved" if approved else "folded", "version": head.number}
     shutil.rmtree(judged.candidate.folder.parent, ignore_errors=True)
-    say(f"{expert.name}: {outcome['state']}{f' into v{head.number}' if outcome['version'] else ''} beside the champion")
+    into = f" into v{head.number}" if outcome["version"] else ""
+    say(f"{expert.name}: {outcome['state']}{into} beside the champion{', from its archive' if archive else ''}")
     return head, outcome
-
-
-def _check_same(expert: Expert, admitted: Admitted, folded: Folded) -> None:
-    """Nothing, when an expert is still what was folded: weights, files with its suite, task."""
-    where, remedy = f"expert {expert.name}", "restore it, or leave the expert out"
-    for named, then, now in (
-        ("weights", folded.weights_sha256, admitted.weights_sha256),
-        ("files", folded.tree_sha256, admitted.tree_sha256),
-        ("task", folded.task, admitted.task),
-    ):
-        if then != now:
-            what = f"the expert's {named} are not those that were folded" if named != "task" else "it has another task"
-            raise FoldinError(Refusal("E_DIGEST", what, where, "", "", then[:12], now[:12], remedy))
 
 
 def _stays_approved(at: House, merge: Merge) -> bool:

@@ -12,6 +12,7 @@ from evaluation.answers import answers_bytes, read_answers
 from flows.admission import suite_of
 from flows.config import LineConfig
 from flows.plan import numerics_profile
+from flows.restoring import archive_of, restored
 from flows.versions import Folded, Memory, Version, head_of
 from flows.wiring import House
 from registry import intake
@@ -88,7 +89,7 @@ def known_tasks(house: House, settings: LineConfig, memory: Memory, folder: Path
     for name in memory.tasks:
         owner = memory.owner(name)
         assert owner is not None
-        suite = suite_of(settings, name, _copy_of(house, owner), f"suite of task {name}")
+        suite = suite_of(settings, name, copy_of(house, owner), f"suite of task {name}")
         if name not in settings.suites:
             _check_suite(suite, memory.suites[name])
         tasks[name] = task_of(suite, folder)
@@ -192,25 +193,39 @@ def _check_suite(suite: "Suite", recorded: str) -> None:
         )
 
 
-def _copy_of(house: House, owner: Folded) -> Path:
-    """The content store's copy of an expert that was folded before; fetched and checked again when it is gone."""
+def copy_of(house: House, owner: Folded) -> Path:
+    """The content store's copy of an expert that was folded before; when it is gone, fetched or restored again.
+
+    The expert's original is asked for first, then its archive, which holds its suite as it was.
+    """
     path = house.experts / owner.tree_sha256[:2] / owner.tree_sha256
     if path.exists():
         return path
-    where = f"expert {owner.model} v{owner.version}"
+    where, gone = f"expert {owner.model} v{owner.version}", "no such version"
     found = house.mlflow.expert(owner.model, owner.version)
-    copy = intake.admit(house.mlflow.fetch(found), house.experts, where, keep=house.far) if found else None
+    try:
+        copy = intake.admit(house.mlflow.fetch(found), house.experts, where, keep=house.far) if found else None
+    except FoldinError as error:
+        if error.refusal.code != "E_SOURCE":
+            raise
+        copy = error.refusal
+    if isinstance(copy, intake.Admitted):
+        if copy.tree_sha256 == owner.tree_sha256:
+            return copy.folder
+        gone = f"files {copy.tree_sha256[:12]}"
+    archive = archive_of(house, owner.tree_sha256)
+    if archive:
+        path = house.experts / archive.restored_sha256[:2] / archive.restored_sha256
+        return path if path.exists() else restored(house, archive)[0].folder
     if isinstance(copy, Refusal):
         raise FoldinError(copy)
-    if copy is None or copy.tree_sha256 != owner.tree_sha256:
-        raise FoldinError(
-            Refusal(
-                code="E_DIGEST",
-                what="an expert that the version contains is gone or was changed, and its suite with it",
-                where=where,
-                expected=f"files {owner.tree_sha256[:12]}",
-                found=f"files {copy.tree_sha256[:12]}" if copy else "no such version",
-                remedy="restore the expert's artifacts, or name the task's suite in the line's [suites]",
-            )
+    raise FoldinError(
+        Refusal(
+            code="E_DIGEST",
+            what="an expert that the version contains is gone or was changed, and its suite with it",
+            where=where,
+            expected=f"files {owner.tree_sha256[:12]}",
+            found=gone,
+            remedy="restore the expert's artifacts, or name the task's suite in the line's [suites]",
         )
-    return copy.folder
+    )

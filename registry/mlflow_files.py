@@ -1,7 +1,8 @@
 """The files behind registered versions: where they lie, brought here when they are elsewhere, uploaded whole."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +13,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from registry.far import is_mirror, look_again, mirror, note_far, store
-from registry.files import MANIFEST, shown, verify_manifest
+from registry.files import MANIFEST, shown, sweep, verify_manifest
 from registry.mlflow_link import Link, unreachable
 from registry.records import FoldinError, Refusal
+
+DAY = 86400.0  # seconds
 
 
 class Files:
@@ -37,6 +40,17 @@ class Files:
         known = self._cache / "versions" / line / str(version)
         whole = known.is_dir() and not is_mirror(known)
         return known if whole else self._behind(line, version, known, ours=True)
+
+    @contextmanager
+    def brought(self, uri: str, where: str, name: str) -> Iterator[Path]:
+        """The local folder behind an artifact URI while the block runs; what was downloaded for it then goes."""
+        root = self._cache / "brought"
+        root.mkdir(parents=True, exist_ok=True)
+        sweep(root, age=DAY)
+        with TemporaryDirectory(dir=root, prefix=".", suffix=".tmp") as scratch:
+            with self._link.reached():
+                folder = self._local(uri, where, Path(scratch) / name)
+            yield folder
 
     def look_again(self, folder: Path) -> None:
         """Read whatever is far of a version's folder whole, as `far.look_again`."""

@@ -84,7 +84,7 @@ class Runs:
 
         Each has a file named by its digest, and a tag says which one counts; the one before is removed last.
         """
-        run, digest = self._history_run(line), hashlib.sha256(content).hexdigest()
+        run, digest = self.history_run(line), hashlib.sha256(content).hexdigest()
         before, _, known = run.data.tags.get(HISTORY, "").partition(" ")
         if known == digest:
             return
@@ -98,7 +98,7 @@ class Runs:
 
     def history_sha256(self, line: str) -> str:
         """The digest of what `keep_history` kept last; "" when nothing was kept."""
-        return str(self._history_run(line).data.tags.get(HISTORY, "").partition(" ")[2])
+        return str(self.history_run(line).data.tags.get(HISTORY, "").partition(" ")[2])
 
     def history(self, line: str) -> bytes:
         """What `keep_history` kept last.
@@ -106,7 +106,7 @@ class Runs:
         Raises:
             FoldinError: E_HISTORY when nothing was kept, or it is not what was kept.
         """
-        run = self._history_run(line)
+        run = self.history_run(line)
         name, _, digest = run.data.tags.get(HISTORY, "").partition(" ")
         where = f"history of line {line} in MLflow"
         with self._link.reached():
@@ -122,7 +122,8 @@ class Runs:
             raise FoldinError(Refusal("E_HISTORY", what, where, name, "", digest[:12], found[:12], remedy))
         return content
 
-    def _history_run(self, line: str) -> Run:
+    def history_run(self, line: str) -> Run:
+        """The run that keeps what is of the whole line, found or created."""
         return self._found_or_made(line, HISTORY_OF, line, f"{line}: history", {})
 
     def _found_or_made(self, line: str, tag: str, value: str, name: str, tags: Mapping[str, str]) -> Run:

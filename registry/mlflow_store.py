@@ -9,6 +9,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from registry.files import SIGNATURE
+from registry.mlflow_archives import Archives
 from registry.mlflow_files import Files
 from registry.mlflow_link import MERGE_KEY, Link, missing, quoted, short
 from registry.mlflow_runs import Runs
@@ -28,6 +29,7 @@ class MlflowStore:
         self._client, self._reached = self._link.client, self._link.reached
         self.files = Files(self._link, cache)
         self.runs = Runs(self._link)
+        self.archives = Archives(self._link, self.files, self.runs)
 
     # experts
 

@@ -53,11 +53,16 @@ def copy_in(
             note_far(scratch, far)
             check(scratch)
             files = dict(sorted({**files, **{name: each.sha256 for name, each in far.items()}}.items()))
-            digest = hashlib.sha256(canonical_json(files)).hexdigest()
+            digest = tree_sha256(files)
             return _settle(scratch, store / digest[:2] / digest, files, far), digest, files
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             note_far(scratch, {})
+
+
+def tree_sha256(files: Mapping[str, str]) -> str:  # path -> SHA-256
+    """The digest of a folder, which names its copy; `files` as `files.hash_tree` gives them."""
+    return hashlib.sha256(canonical_json(dict(files))).hexdigest()
 
 
 def _copy_files(source: Path, target: Path, wanted: Callable[[str], bool], budget: int, where: str) -> dict[str, str]:

@@ -113,7 +113,7 @@ def moved_alias(at):
 
 
 def stale_history(at):
-    run = at.mlflow.runs._history_run("tiny").info.run_id
+    run = at.mlflow.runs.history_run("tiny").info.run_id
     at.mlflow._client.set_tag(run, HISTORY, "history-0.json.gz " + 64 * "0")
 
 

@@ -74,6 +74,12 @@ def test_the_whole_loop_through_the_command_line(server, workshop, zoo, verbs, w
     code, out, said = verb("watch", "tiny", "--json")
     assert code == 0, said
     assert [(each["state"], each["version"]) for each in json.loads(out)] == [("folded", 2), ("folded", 3)]
+    # What is archived comes back from that side too.
+    assert verb("archive", "tiny", "task-2")[0] == 0
+    mlflow.MlflowClient(server, server).delete_model_version("tiny-experts", "2")
+    code, out, said = verb("replay", "tiny", "--without", "task-1", "--because", "a test", "--json")
+    assert (code, [each["source"] for each in json.loads(out)["experts"]]) == (0, ["archive"]), said
+    assert not any((workshop / ".foldin/downloads/brought").iterdir())
     assert verb("rollback", "tiny", "--because", "a test")[:2] == (0, "tiny: v3 -> v2\n")
     assert [expert["task"] for expert in json.loads(verb("show", "tiny", "--json")[1])["experts"]] == ["task-1"]
     assert verb("doctor")[0] == 0

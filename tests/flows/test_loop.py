@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from experiments.plain_client import champion, move_alias, register_expert
 from flows import versions
+from flows.archiving import archive
 from flows.faults import blamed
+from flows.restoring import archives
 from flows.versions import STATE_FILE, STATE_FORMAT, open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry import weights
@@ -587,3 +589,9 @@ def test_a_lora_adapter_is_folded_by_its_factors_and_scored_like_any_expert(at, 
     assert moved == {
         f"encoder.layer.{layer}.attention.self.{part}.weight" for layer in (0, 1) for part in ("query", "value")
     }
+    # Small as they are, they are not archived.
+    rows = archive(at, "tiny", [], 0.01, "ann")
+    assert [(row["expert"], row["state"], row["after"]) for row in rows] == [
+        (f"tiny-experts v{number}", "an adapter, kept as it is", None) for number in (1, 2)
+    ]
+    assert archives(at) == []

@@ -81,6 +81,15 @@ def test_from_registering_to_replay_without_a_copy_of_any_weights_here(toml, zoo
     assert examine(at) == []
     assert stored_here(at, zoo) == []
     assert at.mlflow.folder(line, 3).is_relative_to(at.config.home / "downloads")
+    # Archived, the expert may go: what was kept of it lies in S3 too.
+    code, out, _ = verb("archive", line, "task-3", "--json")
+    assert (code, json.loads(out)[0]["state"]) == (0, "archived")
+    at = house(str(path))
+    assert stored_here(at, zoo) == []
+    at.mlflow._client.delete_model_version(f"{line}-experts", "3")
+    code, out, _ = verb("replay", line, "--without", "task-2", "--because", "another", "--json")
+    assert (code, [each["source"] for each in json.loads(out)["experts"]]) == (0, ["archive"])
+    assert examine(house(str(path))) == []
 
 
 @pytest.mark.chaos
