@@ -1,9 +1,16 @@
 """`foldin demo` keeps its promises, on the real model, from nothing."""
 
 import json
+import re
 import statistics
+import time
 
 import pytest
+
+from experiments.plain_client import register_expert
+from flows.versions import open_version
+from flows.wiring import artifact_root, house, tracking_uri
+from registry.files import hash_tree
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]  # five models are fine-tuned, beside other work
 
@@ -66,3 +73,45 @@ def test_the_output_ends_with_the_tree_and_the_table(facts):
     assert "v6  + language  (demo-experts v5)  <- champion" in facts["stdout"]
     assert "OPCM (the champion)" in facts["stdout"]
     assert (facts["folder"] / facts["report"]).exists()
+
+
+# The line afterwards.
+
+
+def weights_of(at, version):
+    """The files with weights of a version, its state's among them: name -> SHA-256."""
+    found = open_version(at, "demo", version)
+    return {name: digest for name, digest in hash_tree(found.folder).items() if name.endswith(".safetensors")}
+
+
+def test_a_rollback_takes_less_than_ten_seconds(facts, foldin):
+    run = facts["folder"] / ".foldin-demo/run"
+    for target in (5, 6):
+        begun = time.monotonic()
+        done = foldin(run, "rollback", "demo", "--to", target, "--because", "a drill")
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("left", [1, 3, 5])
+def test_a_replay_without_an_expert_gives_the_bytes_of_a_line_that_never_saw_it(facts, foldin, tmp_path, left):
+    run = facts["folder"] / ".foldin-demo/run"
+    asked = ("replay", "demo", "--without", f"demo-experts v{left}", "--because", "a test", "--json")
+    done = foldin(run, *asked, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    # Another line of the same name, base and settings; nobody is asked, since everybody was approved there.
+    text = (run / "foldin.toml").read_text()
+    (tmp_path / "foldin.toml").write_text(re.sub(r'approval = "always".*', 'approval = "never"', text))
+    there, here = (house(str(folder / "foldin.toml")) for folder in (run, tmp_path))
+    assert foldin(tmp_path, "watch", "demo", timeout=300).returncode == 0
+    for number, task in enumerate(TASKS, 1):
+        if number != left:
+            folder = there.mlflow.fetch(there.mlflow.expert("demo-experts", number))
+            register_expert(tracking_uri(here.config), "demo-experts", folder, task, artifact_root(here.config))
+    done = foldin(tmp_path, "watch", "demo", timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert weights_of(here, here.ledger.line("demo").champion) == weights_of(there, told["version"])
+    for at in (here, there):
+        at.ledger.close()
+    house.cache_clear()

@@ -15,7 +15,7 @@ from flows.config import load
 from flows.serve import HOST, LEAN, Page, free_port, log_of, server_process, wait_for
 from flows.stack import servers
 from registry import far
-from registry.files import MANIFEST, SIGNATURE, hash_tree, verify_manifest, write_manifest
+from registry.files import MANIFEST, SIGNATURE, hash_tree, sha256_file, verify_manifest, write_manifest
 from registry.mlflow_store import MlflowStore
 from registry.records import FoldinError
 
@@ -339,6 +339,19 @@ def test_the_history_kept_last_is_the_one_that_counts(store, client, line):
     assert len(client.list_artifacts(run)) == 1
     client.set_tag(run, "foldin.history", client.list_artifacts(run)[0].path + " " + "0" * 64)
     assert refused("E_HISTORY", store.runs.history, line).expected == "0" * 12
+
+
+def test_an_archive_is_kept_whole_beside_the_history(store, client, folder, line, registry, tmp_path):
+    manifest = sha256_file(folder / MANIFEST)
+    for _ in range(2):  # again, as after a kill
+        store.archives.keep(line, folder, manifest)
+    store.runs.keep_history(line, b"one")  # what is kept of the history does not sweep archives away
+    elsewhere = MlflowStore(*registry, tmp_path / "another machine")
+    with elsewhere.archives.opened(line, manifest) as found:
+        assert hash_tree(found) == hash_tree(folder)
+    with pytest.raises(FoldinError, match="E_SOURCE"), elsewhere.archives.opened(line, "0" * 64):
+        pass
+    assert elsewhere.runs.history(line) == b"one"
 
 
 def test_nobody_there_is_a_typed_error_without_a_password(tmp_path, monkeypatch):
