@@ -1,6 +1,5 @@
 """foldin.toml: what this deployment is made of. One frozen dataclass a table; an unknown key is an error."""
 
-import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.approval import APPROVALS
-from flows.tables import EXAMPLES, as_table, check_keys, read_table, refused
+from flows.tables import EXAMPLES, as_table, check_keys, check_number, read_table, refused
 from registry.records import FoldinError, Refusal
 
 DEFAULT_FILE = Path("foldin.toml")
@@ -158,6 +157,9 @@ def _registry(path: Path, value: object) -> RegistryConfig:
     """`[registry]`, its relative places made absolute: the ledger must not depend on where a process was started."""
     found = read_table(path, "registry", RegistryConfig, value)
     _check_seconds(path, "[registry] lease_seconds", found.lease_seconds, 0.1)
+    check_number(path, "[registry] cache", found.cache, "gigabytes, 0 or more", 0)
+    for key in ("keep", "keep_thin"):
+        check_number(path, f"[registry] {key}", getattr(found, key), "a whole number from 0", 0, whole=True)
     home = _absolute(path, found.home)
     if home.exists() and not home.is_dir():
         raise refused(path, "[registry] home is not a folder", "a folder", str(home))
@@ -218,12 +220,9 @@ def _check_search(path: Path, where: str, search: SearchConfig) -> None:
         raise refused(path, f"{where} when is unknown", f"one of {', '.join(SEARCHES)}", repr(search.when))
     _check_seconds(path, f"{where} seconds", search.seconds, 0.0)
     for key, (least, most) in {"strengths": (0.01, 100), "weights": (0.01, 100), "energies": (0, 0.99)}.items():
-        wrong = [value for value in getattr(search, key) if not least <= value <= most]
-        if wrong:
-            expected = f"numbers from {least:g} to {most:g}"
-            raise refused(path, f"{where} {key} is out of range", expected, repr(wrong[0]))
-    if not (search.tries >= 1 and search.tries == int(search.tries)):
-        raise refused(path, f"{where} tries is out of range", "a whole number from 1", repr(search.tries))
+        for value in getattr(search, key):
+            check_number(path, f"{where} {key}", value, f"numbers from {least:g} to {most:g}", least, most)
+    check_number(path, f"{where} tries", search.tries, "a whole number from 1", 1, whole=True)
 
 
 def _check_experts(path: Path, where: str, line: str, experts: tuple[str, ...]) -> None:
@@ -238,8 +237,7 @@ def _check_experts(path: Path, where: str, line: str, experts: tuple[str, ...]) 
 
 
 def _check_seconds(path: Path, where: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise refused(path, f"{where} is out of range", f"a number of seconds, {least:g} or more", repr(value))
+    check_number(path, where, value, f"a number of seconds, {least:g} or more", least)
 
 
 def _absolute(path: Path, text: str) -> Path:

@@ -1,5 +1,6 @@
 """Tables of a TOML file as dataclasses of settings: every key is known, every value has the field's type."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -73,3 +74,11 @@ def refused(path: Path, what: str, expected: str, found: str = "", remedy: str =
     """The E_CONFIG error that says so of the file at `path`."""
     refusal = Refusal("E_CONFIG", what, str(path), "", "", expected, found, remedy or f"correct it in {path.name}")
     return FoldinError(refusal)
+
+
+def check_number(
+    path: Path, where: str, value: float, expected: str, least: float, most: float = math.inf, *, whole: bool = False
+) -> None:
+    """Nothing, when a number is finite, in its range and, where asked, whole; else raises as `refused`."""
+    if not (math.isfinite(value) and least <= value <= most and (not whole or value == int(value))):
+        raise refused(path, f"{where} is out of range", expected, repr(value))

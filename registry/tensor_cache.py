@@ -9,19 +9,20 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 DIGEST = re.compile("[0-9a-f]{64}")  # it becomes a file's name
 IDLE = 3600.0  # seconds; what nobody read for so long makes room
-LOOK = 60.0  # seconds between two looks at everything that is kept
+LOOK = 60.0  # seconds between two looks at what all processes keep together
 
 
 class TensorCache:
     """Bytes by SHA-256. What is read from it may be damaged: the reader compares."""
 
     def __init__(self, folder: Path, room: int) -> None:
-        """Keep at most about `room` bytes in a folder, which several processes may share."""
+        """Keep about `room` bytes at most in a folder; processes that share it see each other's once a minute."""
         self._folder, self._room = folder, room
         self._used, self._looked = 0, -LOOK
         self._lock = threading.Lock()
@@ -59,8 +60,9 @@ class TensorCache:
         return self._folder / digest[:2] / digest if DIGEST.fullmatch(digest) else None
 
     def _room_for(self, size: int) -> bool:
+        """Whether so much may be added; what others added meanwhile is seen once a minute."""
         with self._lock:
-            if self._used + size > self._room and time.monotonic() - self._looked >= LOOK:
+            if time.monotonic() - self._looked >= LOOK:
                 self._used, self._looked = self._kept(), time.monotonic()
             if self._used + size > self._room:
                 return False
@@ -68,13 +70,19 @@ class TensorCache:
             return True
 
     def _kept(self) -> int:
-        """Bytes that are kept, once what was idle too long is gone."""
-        total, idle = 0, time.time() - IDLE
+        """Bytes that are kept; where they are too many, those that were idle too long go first."""
+        found = sorted(self._files())
+        total, idle = sum(size for _, size, _ in found), time.time() - IDLE
+        for used, size, path in found:
+            if total <= self._room // 2 or used >= idle:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total
+
+    def _files(self) -> Iterator[tuple[float, int, Path]]:
+        """(when it was used last, bytes, path) of every file."""
         for path in self._folder.glob("*/*"):
             with suppress(OSError):  # another process removed it
                 found = path.stat()
-                if found.st_mtime < idle:
-                    path.unlink()
-                else:
-                    total += found.st_size
-        return total
+                yield found.st_mtime, found.st_size, path

@@ -157,8 +157,8 @@ def test_an_expert_without_files_is_named(store, client, line):
     client.finalize_logged_model(begun.model_id, "READY")
     client.create_model_version(line, f"models:/{begun.model_id}", model_id=begun.model_id)
     found = store.expert(line, 1)
-    if store.files.there(line, 1) is False:
-        assert refused("E_SOURCE", store.fetch, found).where == f"{line} v1"
+    assert not store.files.there(line, 1)
+    assert refused("E_SOURCE", store.fetch, found).where == f"{line} v1"
 
 
 # a line's versions
@@ -335,7 +335,7 @@ def test_the_history_kept_last_is_the_one_that_counts(store, client, line):
     for content in (b"one", b"two", b"two"):
         store.runs.keep_history(line, content)
     assert store.runs.history(line) == b"two"
-    run = store.runs._history_run(line).info.run_id
+    run = store.runs.history_run(line).info.run_id
     assert len(client.list_artifacts(run)) == 1
     client.set_tag(run, "foldin.history", client.list_artifacts(run)[0].path + " " + "0" * 64)
     assert refused("E_HISTORY", store.runs.history, line).expected == "0" * 12

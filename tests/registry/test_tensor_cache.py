@@ -31,26 +31,26 @@ def test_what_came_first_stays_where_there_is_no_more_room(tmp_path):
     assert filled(cache, b"a" * 100, b"b" * 100, b"c" * 100, b"d" * 50) == [True, True, False, True]
 
 
-def test_what_nobody_read_for_an_hour_makes_room(tmp_path):
-    first, second, third = b"a" * 100, b"b" * 100, b"c" * 100
-    assert filled(TensorCache(tmp_path, 250), first, second) == [True, True]
-    for path in tmp_path.glob("*/*"):
-        os.utime(path, (0, time.time() - IDLE - 1))
-    cache = TensorCache(tmp_path, 250)
-    assert cache.get(digest_of(second)) == second  # so it is not idle any more
+def test_what_nobody_read_for_an_hour_makes_room_the_oldest_first(tmp_path):
+    old, older, used, new = (bytes([number]) * 100 for number in range(4))
+    assert filled(TensorCache(tmp_path, 350), old, older, used) == [True] * 3
     (tmp_path / "aa").mkdir(exist_ok=True)
-    (tmp_path / "aa/.dead.tmp").write_bytes(b"x" * 200)  # a process was killed while it wrote
-    os.utime(tmp_path / "aa/.dead.tmp", (0, 0))
-    cache._used = 200
-    assert filled(cache, first, second, third) == [True, True, False]
-    assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= 250
+    (tmp_path / "aa/.dead.tmp").write_bytes(b"x" * 100)  # a process was killed while it wrote
+    for path in tmp_path.glob("*/*"):
+        age = 2 if path.name in (digest_of(older), ".dead.tmp") else 1
+        os.utime(path, (0, time.time() - age * IDLE - 1))
+    cache = TensorCache(tmp_path, 350)
+    assert cache.get(digest_of(used)) == used  # so it is not idle any more
+    assert filled(cache, new) == [True]
+    assert [digest_of(each) in cache for each in (old, older, used)] == [False, False, True]
+    assert [path.name for path in tmp_path.glob("aa/*")] == []
 
 
-def test_another_process_s_files_count_too(tmp_path):
-    filled(TensorCache(tmp_path, 250), b"a" * 100, b"b" * 100)
-    late = TensorCache(tmp_path, 150)
-    assert filled(late, b"c" * 100) == [True]  # it has not looked yet
-    assert filled(late, b"d" * 100) == [False]
+def test_the_files_of_many_processes_fit_into_one_room(tmp_path):
+    caches = [TensorCache(tmp_path, 250) for _ in range(10)]
+    for number, cache in enumerate(caches):
+        filled(cache, bytes([number]) * 100)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) == 200
 
 
 def test_a_full_disk_and_a_strange_name_are_no_trouble(tmp_path):
