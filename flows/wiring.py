@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,13 @@ class House:
 
     config: Config
     ledger: "Ledger"
-    mlflow: "MlflowStore"
+
+    @cached_property
+    def mlflow(self) -> "MlflowStore":
+        """MLflow, imported by who needs it first: that takes seconds."""
+        from registry.mlflow_store import MlflowStore
+
+        return MlflowStore(tracking_uri(self.config), artifact_root(self.config), self.config.home / "downloads")
 
     @property
     def experts(self) -> Path:
@@ -59,18 +65,13 @@ def house(config_file: str) -> House:
     """The house of a foldin.toml, opened once a process."""
     from registry.far import trust
     from registry.ledger import Ledger
-    from registry.mlflow_store import MlflowStore
     from registry.ranged import keep_near
 
     config = load(Path(config_file))
     for folder in ("downloads", "experts"):
         trust(config.home / folder)
     keep_near(config.home / "tensors", int(config.registry.cache * 1e9))
-    return House(
-        config,
-        Ledger(ledger_url(config), patience=30.0),
-        MlflowStore(tracking_uri(config), artifact_root(config), config.home / "downloads"),
-    )
+    return House(config, Ledger(ledger_url(config), patience=30.0))
 
 
 def ledger_url(config: Config) -> str:

@@ -205,7 +205,7 @@ def test_an_option_that_would_be_ignored_is_refused(folder, changes, words):
 )
 def test_an_expert_that_intake_would_refuse_is_not_uploaded(folder, arguments, message):
     source, task, suite, model = arguments
-    there = House(load(folder / "foldin.toml"), None, None)
+    there = House(load(folder / "foldin.toml"), None)
     suite = folder / suite if suite else None
     assert re.search(message, refusal(lambda: add_expert(there, "tiny", folder.__class__(source), task, suite, model)))
 
@@ -323,7 +323,7 @@ def test_two_hundred_folds_of_a_real_ledger_are_read_and_drawn(tmp_path, capsys)
         merge = Merge(f"key-{number}", "tiny", expert.id, number - 1, passed, version=number)
         ledger.record_verdict(lease, merge)
         ledger.commit(lease, merge)
-    facts = reading.log(House(load(tmp_path / "foldin.toml", new=True), ledger, None), "tiny")
+    facts = reading.log(House(load(tmp_path / "foldin.toml", new=True), ledger), "tiny")
     ledger.close()
     assert [node["version"] for node in facts["versions"]] == list(range(1, 202))
     assert all(node["in_champion"] for node in facts["versions"])

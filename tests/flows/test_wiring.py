@@ -50,7 +50,7 @@ def test_an_mlflow_server_chooses_where_artifacts_go_unless_told(tmp_path):
 
 
 def test_the_folders_of_a_house_lie_below_home_one_scratch_a_line(tmp_path):
-    house = wiring.House(configured(tmp_path, 'home = "kept"'), None, None)
+    house = wiring.House(configured(tmp_path, 'home = "kept"'), None)
     folders = {house.experts, house.scores, house.work("a"), house.work("b")}
     assert len(folders) == 4
     assert all(folder.is_relative_to(tmp_path / "kept") for folder in folders)
