@@ -9,7 +9,7 @@ from flows.telling import say
 from flows.verb import answer, house_of
 
 
-@click.command()
+@click.command(short_help="What every line stands at.")
 @click.argument("line", required=False)
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_obj
@@ -23,7 +23,7 @@ def status(options: dict[str, Any], line: str | None, as_json: bool) -> None:
     answer(facts, as_json, print_status)
 
 
-@click.command()
+@click.command(short_help="The lineage of a line, as a tree.")
 @click.argument("line")
 @click.option("--json", "as_json", is_flag=True, help="The facts as JSON.")
 @click.option("--mermaid", "as_mermaid", is_flag=True, help="The tree as a Mermaid flowchart.")
@@ -38,7 +38,7 @@ def log(options: dict[str, Any], line: str, as_json: bool, as_mermaid: bool) -> 
     answer(facts, as_json, (lambda found: click.echo(mermaid(found))) if as_mermaid else print_log)
 
 
-@click.command()
+@click.command(short_help="What is in a version.")
 @click.argument("line")
 @click.argument("version", type=int, required=False)
 @click.option("--expert", help="Instead: every version that holds this expert, MODEL vN or its task.")
@@ -57,7 +57,7 @@ def show(options: dict[str, Any], line: str, version: int | None, expert: str | 
         answer(read(house, line, version), as_json, print_show)
 
 
-@click.command()
+@click.command(short_help="What changed between two versions.")
 @click.argument("line")
 @click.argument("before", type=int)
 @click.argument("after", type=int)
@@ -70,7 +70,7 @@ def diff(options: dict[str, Any], line: str, before: int, after: int, as_json: b
     answer(difference(house_of(options), line, before, after), as_json, print_difference)
 
 
-@click.command()
+@click.command(short_help="Measure a version on its suites.")
 @click.argument("line")
 @click.argument("version", type=int, required=False)
 @click.option("--json", "as_json", is_flag=True)
@@ -86,7 +86,7 @@ def score(options: dict[str, Any], line: str, version: int | None, as_json: bool
         say(f"{task} was not measured: {error}")
 
 
-@click.command()
+@click.command(short_help="The report of a version, or of a rejected expert.")
 @click.argument("line")
 @click.argument("version", type=int, required=False)
 @click.option("--expert", help="The report of what became of this expert, folded or rejected: MODEL vN.")

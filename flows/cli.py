@@ -30,7 +30,7 @@ def cli(context: click.Context, config_file: Path, quiet: bool, debug: bool) -> 
     context.obj = {"config_file": config_file.absolute(), "quiet": quiet, "debug": debug}
 
 
-@cli.command()
+@cli.command(short_help="The whole loop on a real model, offline.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the facts of the run to a file.")
 @click.option("--home", default=".foldin-demo", type=click.Path(path_type=Path), help="Where the demonstration lives.")
 @click.option(
@@ -51,7 +51,7 @@ def demo(options: dict[str, Any], json_file: Path | None, home: Path, base: Path
     run(home.absolute(), base, json_file, backend=backend, debug=options["debug"])
 
 
-@cli.command()
+@cli.command(short_help="Start a line with its base.")
 @click.argument("line")
 @click.option("--base", type=click.Path(path_type=Path), help="Folder with config.json and *.safetensors.")
 @click.option("--experts", multiple=True, help="Registered model to watch; default: LINE-experts.")
@@ -74,7 +74,7 @@ def init(options: dict[str, Any], line: str, base: Path | None, experts: tuple[s
     )
 
 
-@cli.command()
+@cli.command(short_help="Register a folder as an expert.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--line", required=True, help="Line whose registered model it joins.")
 @click.option("--task", required=True, help="What it was trained for.")
@@ -90,7 +90,7 @@ def add(options: dict[str, Any], folder: Path, line: str, task: str, suite: Path
     say(f"Next: foldin watch {line}")
 
 
-@cli.command()
+@cli.command(short_help="Keep watching, on an interval or a schedule.")
 @click.option("--limit", default=8, show_default=True, help="Flow runs at a time.")
 @click.pass_obj
 def serve(options: dict[str, Any], limit: int) -> None:
@@ -101,7 +101,7 @@ def serve(options: dict[str, Any], limit: int) -> None:
     keep_serving(config, str(options["config_file"]), limit)
 
 
-@cli.command()
+@cli.command(short_help="Look once, and fold what waits.")
 @click.argument("line", required=False)
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_obj
@@ -133,7 +133,7 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
     finish(outcomes, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Fold the next expert that waits.")
 @click.argument("line")
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_obj
@@ -148,7 +148,7 @@ def merge(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
     finish([outcome] if outcome else [], as_json)
 
 
-@cli.command()
+@cli.command(short_help="Look for anything that is not as it should be.")
 @click.option("--rebuild", is_flag=True, help="First put lines that the ledger lost back from what MLflow keeps.")
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_obj
@@ -174,7 +174,7 @@ def doctor(options: dict[str, Any], rebuild: bool, as_json: bool) -> None:
     sys.exit(1 if found else 0)
 
 
-@cli.command()
+@cli.command(short_help="Sign versions that have no good signature.")
 @click.argument("line")
 @click.pass_obj
 def sign(options: dict[str, Any], line: str) -> None:
@@ -187,7 +187,7 @@ def sign(options: dict[str, Any], line: str) -> None:
     say(f"{len(signed)} version{'s' * (len(signed) != 1)} signed.")
 
 
-@cli.command()
+@cli.command(short_help="Show the pages of MLflow and Prefect.")
 @click.option("--prefect-port", default=4200, show_default=True)
 @click.option("--mlflow-port", default=5000, show_default=True)
 @click.pass_obj

@@ -20,7 +20,7 @@ def _words(context: click.Context, option: click.Parameter, text: str) -> str:
 because = click.option("--because", required=True, callback=_words, help="Why; kept in the line's history.")
 
 
-@click.command()
+@click.command(short_help="Make a version that waits for a person the champion.")
 @click.argument("line")
 @click.argument("version", type=int)
 @because
@@ -35,7 +35,7 @@ def approve(options: dict[str, Any], line: str, version: int, because: str) -> N
     say(f"Next: foldin watch {line}")
 
 
-@click.command()
+@click.command(short_help="Reject the expert of a version that waits.")
 @click.argument("line")
 @click.argument("version", type=int)
 @because
@@ -50,7 +50,7 @@ def reject(options: dict[str, Any], line: str, version: int, because: str) -> No
     say(f"Next: foldin watch {line}")
 
 
-@click.command()
+@click.command(short_help="Make an earlier version the champion again.")
 @click.argument("line")
 @click.option("--to", type=int, help="Version; default: the champion's parent.")
 @because
@@ -65,7 +65,7 @@ def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -
     say(f"Next: foldin log {line}")
 
 
-@click.command()
+@click.command(short_help="Rebuild a line without some experts.")
 @click.argument("line")
 @click.option(
     "--without", multiple=True, help="Expert to leave out: MODEL vN, or its task. May be given several times."
@@ -96,7 +96,7 @@ def replay(
     sys.exit(0 if facts["verdict"] == "passed" else REJECTED)
 
 
-@click.command()
+@click.command(short_help="What takes room and nobody needs.")
 @click.argument("line")
 @click.option(
     "--keep", type=click.IntRange(min=0), help="Versions before the champion that stay; default: [registry] keep."
@@ -135,7 +135,7 @@ def gc(
     answer(garbage(house, line, many, because, getpass.getuser(), yes=yes), as_json, print_garbage)
 
 
-@click.command()
+@click.command(short_help="Let an expert be folded again.")
 @click.argument("line")
 @click.argument("expert")
 @because
@@ -149,7 +149,7 @@ def requeue(options: dict[str, Any], line: str, expert: str, because: str) -> No
     say(f"Next: foldin watch {line}")
 
 
-@click.command()
+@click.command(short_help="Keep experts as compressed changes, for replays.")
 @click.argument("line")
 @click.argument("experts", nargs=-1)
 @click.option(
