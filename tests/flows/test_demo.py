@@ -8,6 +8,8 @@ import time
 import pytest
 
 from experiments.plain_client import register_expert
+from flows.champion import roll_back
+from flows.leasing import held
 from flows.versions import open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry.files import hash_tree
@@ -84,13 +86,21 @@ def weights_of(at, version):
     return {name: digest for name, digest in hash_tree(found.folder).items() if name.endswith(".safetensors")}
 
 
-def test_a_rollback_takes_less_than_ten_seconds(facts, foldin):
+def test_a_rollback_takes_less_than_ten_seconds_and_in_a_living_process_less_than_one(facts, foldin):
     run = facts["folder"] / ".foldin-demo/run"
-    for target in (5, 6):
+    begun = time.monotonic()
+    done = foldin(run, "rollback", "demo", "--to", 5, "--because", "a drill")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 10
+    at, seconds = house(str(run / "foldin.toml")), []
+    for target in (6, 5, 6):
         begun = time.monotonic()
-        done = foldin(run, "rollback", "demo", "--to", target, "--because", "a drill")
-        assert done.returncode == 0, done.stderr
-        assert time.monotonic() - begun < 10
+        with held(at, "demo", seize=True) as lease:
+            roll_back(at, lease, target, "a drill", "a test")
+        seconds.append(time.monotonic() - begun)
+    at.ledger.close()
+    house.cache_clear()
+    assert max(seconds[1:]) < 1, seconds  # the first one imports
 
 
 @pytest.mark.parametrize("left", [1, 3, 5])
