@@ -28,6 +28,7 @@ th,td{border-bottom:1px solid var(--line);padding:.35rem .6rem;text-align:left;v
 th{font-weight:600}thead th{color:var(--muted);white-space:nowrap}tbody th,td{overflow-wrap:anywhere;min-width:4rem}
 .number{text-align:right}.number,.short{white-space:nowrap}.failed{background:var(--bad-soft)}.chosen{background:var(--good-soft)}
 .failed th{color:var(--bad)}
+@media screen and (min-width:52rem){td:last-child:not(.number,.short,:empty){min-width:15rem}}
 figure{margin:1rem 0}svg{display:block;max-width:none;height:auto;font-family:inherit}
 svg path,svg use{stroke-linejoin:round}
 summary{cursor:pointer;color:var(--muted)}
