@@ -97,8 +97,8 @@ def measured(sums: Tensor) -> Measure:  # (6,), float64: the sum of `products` o
     return Measure(
         delta_norm=math.sqrt(own),
         total_norm=math.sqrt(whole),
-        cosine=_ratio(shared, math.sqrt(own) * math.sqrt(past)),
-        removed=min(1.0, _ratio(max(0.0, lost), own)),
+        cosine=_at_most_one(_ratio(shared, math.sqrt(own) * math.sqrt(past))),
+        removed=_at_most_one(_ratio(max(0.0, lost), own)),
     )
 
 
@@ -136,7 +136,12 @@ def shares(measures: Mapping[str, Measure]) -> tuple[float, float]:
     whole = math.fsum(each.delta_norm**2 for each in measures.values())
     along = math.fsum((each.cosine * each.delta_norm) ** 2 for each in measures.values())
     removed = math.fsum(each.removed * each.delta_norm**2 for each in measures.values())
-    return math.sqrt(_ratio(along, whole)), _ratio(removed, whole)
+    return _at_most_one(math.sqrt(_ratio(along, whole))), _at_most_one(_ratio(removed, whole))
+
+
+def _at_most_one(ratio: float) -> float:
+    """The ratio without what rounding put beyond 1 or -1; NaN stays NaN."""
+    return math.copysign(1.0, ratio) if abs(ratio) > 1.0 else ratio
 
 
 def quadrature(norms: Iterable[float]) -> float:

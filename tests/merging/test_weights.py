@@ -1,6 +1,7 @@
 """Weights of experts: what they multiply, what they count, and that a common factor changes nothing that is read."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -64,3 +65,14 @@ def test_the_shares_of_a_change():
     assert both == (pytest.approx(math.sqrt(4 / 6.25)), 0.0)
     assert shares({}) == (0.0, 0.0)
     assert math.isnan(shares({"a": Measure(1.0, 1.0, math.nan, 0.0)})[0])
+
+
+def test_shares_of_changes_that_repeat_what_is_there_never_pass_one():
+    """Rounding puts some of these at 1 + 2e-16, which a limit of 1 would reject."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for number in range(1, 400):
+        total = torch.randn(number % 37 + 1, generator=generator)
+        found.append(measure({"total": total}, -number * 1e-3 * total, {"total": total}))
+    assert all(-1.0 <= each.cosine <= -0.999 for each in found)
+    assert all(shares({"a": one, "b": other})[0] <= 1.0 for one, other in pairwise(found))
