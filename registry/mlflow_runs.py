@@ -127,7 +127,9 @@ class Runs:
         return self._found_or_made(line, HISTORY_OF, line, f"{line}: history", {})
 
     def _found_or_made(self, line: str, tag: str, value: str, name: str, tags: Mapping[str, str]) -> Run:
+        """The oldest run of a tag: whoever gives one of their own the same takes nothing away."""
         experiment, client = self._link.experiment(line), self._link.client
         with self._link.reached():
-            found = client.search_runs([experiment], f"tags.`{tag}` = '{value}'", max_results=1)
+            wanted, oldest = f"tags.`{tag}` = '{value}'", ["attributes.start_time ASC"]
+            found = client.search_runs([experiment], wanted, max_results=1, order_by=oldest)
             return found[0] if found else client.create_run(experiment, run_name=name, tags=short({tag: value, **tags}))
