@@ -5,12 +5,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mlflow.entities import RunInfo
-from mlflow.exceptions import MlflowException
-
-from registry.files import MANIFEST, Place, sha256_file, shown, verify_manifest
+from registry.files import MANIFEST, Place, sha256_file, verify_manifest
 from registry.mlflow_files import Files
-from registry.mlflow_link import Link, missing
+from registry.mlflow_link import Link
 from registry.mlflow_runs import Runs
 from registry.records import FoldinError, Refusal
 
@@ -53,21 +50,12 @@ class Archives:
             FoldinError: E_SOURCE when there is nothing.
         """
         where = f"archive {manifest_sha256[:12]} of line {line}"
-        home = self._run(run, where) if run else self._runs.history_run(line).info
-        uri = f"{home.artifact_uri}/{FOLDER}/{manifest_sha256}"
-        with self._files.brought(uri, where, manifest_sha256) as folder:
+        home = self._runs.artifact_uri(run) if run else self._runs.history_run(line).info.artifact_uri
+        if home is None:
+            what, remedy = "the run that had the archive is gone", "restore the run in MLflow from a backup"
+            raise FoldinError(Refusal("E_SOURCE", what, where, found=f"no run {run}", remedy=remedy))
+        with self._files.brought(f"{home}/{FOLDER}/{manifest_sha256}", where, manifest_sha256) as folder:
             yield folder
-
-    def _run(self, run: str, where: str) -> RunInfo:
-        """A run by its id, even one that was deleted and can still be restored."""
-        with self._link.reached():
-            try:
-                return self._link.client.get_run(run).info
-            except MlflowException as error:
-                if not missing(error):
-                    raise
-                what, remedy = "the run that had the archive is gone", "restore the run in MLflow from a backup"
-                raise FoldinError(Refusal("E_SOURCE", what, where, found=shown(run), remedy=remedy)) from error
 
 
 def _other_manifest(folder: Path, manifest_sha256: str) -> list[Refusal]:
