@@ -56,8 +56,8 @@ def admit(
 ) -> Admitted | Refusal:
     """The expert, ready to be folded; or why it may not be.
 
-    `archived` is what its archive gave back, where the original is gone: the signature was of the original, and was
-    looked at when that was folded.
+    `archived` is what its archive gave back, where the original is gone: the signature was of the original, and
+    `readmit` looks at it.
 
     Errors that are not the expert's (MLflow or the ledger out of reach, a full disk, whatever is wrong with the files
     of the base, a broken suite of the line's own) are raised.

@@ -4,30 +4,22 @@ An expert's tensors are packed one at a time, each within the tolerance as measu
 restored once before it counts, so that its record can promise what comes out.
 """
 
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from evaluation.escape import clean
+from flows.admission import declared_weight
+from flows.archives import ARCHIVED, Archive, archive_of, opened
 from flows.fitting import fit
 from flows.leasing import held
 from flows.naming import find_expert
 from flows.packs import pack_all
-from flows.restoring import (
-    ARCHIVED,
-    CHANGES,
-    FILES,
-    FORMAT,
-    RECORD,
-    Archive,
-    Record,
-    archive_of,
-    base_of,
-    write_restored,
-)
+from flows.restoring import CHANGES, DIGESTS, FILES, FORMAT, ORIGINAL, RECORD, Record, base_of, write_restored
 from flows.scoring import copy_of
 from flows.telling import say
 from flows.versions import Folded, Version, open_version
@@ -38,18 +30,18 @@ from registry.files import SIGNATURE, Place, hash_tree, write_json, write_manife
 from registry.records import FoldinError, Lease, Refusal
 from registry.store import tree_sha256
 
-TAGS = ("foldin.task", "foldin.weight")  # what of a version decides how it is folded
+ALL = frozenset({"E_FENCED", "E_LEDGER", "E_LOCKED", "E_DISK"})  # no other expert fares better
 
 
 def archive(house: House, line: str, experts: Sequence[str], tolerance: float, who: str) -> list[dict[str, Any]]:
     """Archive experts of a line's champion, all where none is named; what became of each, with bytes and error.
 
-    What is archived already is left alone, and so are adapters, which are small. Nothing is removed anywhere.
+    What is archived already, whole and no coarser, is left alone, and so are adapters, which are small. Nothing is
+    removed anywhere. Where one cannot be archived its row says why (`reason`), and the others are.
 
     Raises:
         FoldinError: E_EXPERT for an expert that the champion does not hold, E_ARCHIVE where the tolerance is out of its
-            range or an archive does not give back what it should; E_DIGEST or E_SOURCE when the expert was changed or
-            is gone.
+            range; or what is in the way of every expert.
     """
     house.config.line(line)
     _check_tolerance(tolerance)
@@ -58,7 +50,7 @@ def archive(house: House, line: str, experts: Sequence[str], tolerance: float, w
         inside, where = champion.memory.experts, f"{line} v{champion.number}"
         chosen = [find_expert(text, inside, where) for text in experts] or list(inside)
         base = base_of(house, line)
-        return [_archived(house, lease, base, each, tolerance, who) for each in dict.fromkeys(chosen)]
+        return [_outcome(house, lease, base, each, tolerance, who) for each in dict.fromkeys(chosen)]
 
 
 def _check_tolerance(tolerance: float) -> None:
@@ -66,16 +58,29 @@ def _check_tolerance(tolerance: float) -> None:
 
     if not LEAST <= tolerance < 1:
         what, expected = "the tolerance is out of its range", f"at least {LEAST} and below 1; 0.01 is usual"
-        raise FoldinError(Refusal("E_ARCHIVE", what, expected=expected, found=str(tolerance)))
+        remedy = "give another --tolerance, or none"
+        raise FoldinError(Refusal("E_ARCHIVE", what, expected=expected, found=str(tolerance), remedy=remedy))
+
+
+def _outcome(house: House, lease: Lease, base: Version, expert: Folded, tolerance: float, who: str) -> dict[str, Any]:
+    """What became of one expert; one that cannot be archived is not the others' trouble."""
+    try:
+        return _archived(house, lease, base, expert, tolerance, who)
+    except FoldinError as error:
+        if error.refusal.code in ALL:
+            raise
+        return {**_row(_name(expert), "failed", None), "reason": str(error)}
 
 
 def _archived(house: House, lease: Lease, base: Version, expert: Folded, tolerance: float, who: str) -> dict[str, Any]:
     """One expert archived, found archived, or left as it is."""
-    name = f"{expert.model} v{expert.version}"
-    known = archive_of(house, expert.tree_sha256)
-    if known:
+    name = _name(expert)
+    known, enough = _known(house, lease.line, expert, tolerance)
+    if known and enough:
         return _row(name, "already archived", known)
-    source = _original(house, expert)
+    source = _original(house, expert, known)
+    if source is None:
+        return _row(name, "archived before, its original is gone", known)
     if source.is_adapter:
         say(f"{name}: an adapter is small already; it is not archived, so keep its version in MLflow")
         return _row(name, "an adapter, kept as it is", None)
@@ -84,28 +89,55 @@ def _archived(house: House, lease: Lease, base: Version, expert: Folded, toleran
     with TemporaryDirectory(dir=scratch, prefix="archive-") as folder:
         made = _make(Path(folder), house, base, expert, source, tolerance)
         house.ledger.leases.check(lease)
-        house.mlflow.archives.keep(lease.line, Path(folder) / "archive", made.manifest_sha256)
-    made = made._replace(line=lease.line)
+        run = house.mlflow.archives.keep(lease.line, Path(folder) / "archive", made.manifest_sha256)
+    made = made._replace(line=lease.line, run=run)
     house.ledger.remark(lease, ARCHIVED, made.said, who)
     say(f"{name}: {made.before:,} -> {made.after:,} bytes, error {made.error:.4g}")
     return _row(name, "archived", made)
 
 
+def _name(expert: Folded) -> str:
+    return f"{expert.model} v{expert.version}"
+
+
+def _known(house: House, line: str, expert: Folded, tolerance: float) -> tuple[Archive | None, bool]:
+    """The line's archive of an expert, if it is whole, and whether it is all that is asked for."""
+    found = archive_of(house, expert.tree_sha256, line)
+    if found is None:
+        return None, False
+    try:
+        with opened(house, found) as folder:
+            record, signable = Record.read(folder, found.where), (folder / ORIGINAL / DIGESTS).exists()
+    except FoldinError as error:
+        if error.refusal.code in {"E_MLFLOW", "E_S3"}:
+            raise
+        say(f"{_name(expert)}: its archive is not as it was, so it is made again: {error}")
+        return None, False
+    itself = expert.tree_sha256 == found.restored_sha256  # what was folded is what the archive gives back
+    return found, itself or (signable and record.tolerance <= tolerance)
+
+
 def _row(name: str, state: str, found: Archive | None) -> dict[str, Any]:
     row: dict[str, Any] = {"expert": name, "state": state, "before": None, "after": None, "ratio": None, "error": None}
+    row["reason"] = ""
     if found:
         row |= {"before": found.before, "after": found.after, "ratio": round(found.before / found.after, 2)}
         row |= {"error": found.error, "line": found.line, "archive": found.manifest_sha256}
     return row
 
 
-def _original(house: House, expert: Folded) -> intake.Admitted:
-    """The content store's copy of an expert, every file looked at."""
+def _original(house: House, expert: Folded, known: Archive | None) -> intake.Admitted | None:
+    """The content store's copy of an expert, every file looked at; None where only a known archive is left of it."""
     folder = copy_of(house, expert)
+    place = Place(f"expert {_name(expert)}", "", f"remove {folder}, then run again")
+    if folder.name != expert.tree_sha256 and known:
+        return None
+    if folder.name != expert.tree_sha256:
+        gone = place._replace(remedy="restore the expert's version in MLflow")
+        raise gone.refuse("E_SOURCE", "the original is gone, and only another line has an archive of it")
     files = hash_tree(folder)
     found = tree_sha256(files)
     if found != expert.tree_sha256:
-        place = Place(f"expert {expert.model} v{expert.version}", "", f"remove {folder}, then run again")
         what = "the stored copy was changed after it was stored"
         raise place.refuse("E_DIGEST", what, expert.tree_sha256[:12], found[:12])
     return intake.Admitted(folder, files, found, ())
@@ -117,12 +149,13 @@ def _make(
     """An archive in `scratch`/archive, restored once, its manifest written last."""
     from registry.weights import Checkpoint
 
-    folder, where = scratch / "archive", f"archive of expert {expert.model} v{expert.version}"
+    folder, where = scratch / "archive", f"archive of expert {_name(expert)}"
     _copy_files(source.folder, folder / FILES)
+    _keep_signed(source, folder / ORIGINAL)
     weights = Checkpoint.open(source.folder, where)
     kept, error = pack_all(folder / CHANGES, base, weights, tolerance, where)
     record = Record(
-        expert=f"{expert.model} v{expert.version}",
+        expert=_name(expert),
         tags=_tags(house, expert),
         base_sha256=base.memory.base_sha256,
         weights_sha256=expert.weights_sha256,
@@ -148,19 +181,35 @@ def _promised(scratch: Path, record: Record, base: Version, where: str) -> Recor
     """The record with the digests of what its archive gives back, which is looked at as an expert is."""
     write_restored(scratch / "archive", record, base, scratch / "restored", where)
     files = intake.admit(scratch / "restored", scratch / "store", where)
-    found = files if isinstance(files, Refusal) else fit(base, files, True, where)
-    if isinstance(files, Refusal) or isinstance(found, Refusal):
-        assert isinstance(found, Refusal)
-        raise FoldinError(replace(found, code="E_ARCHIVE", remedy="archive it with a smaller tolerance, or keep it"))
+    if isinstance(files, Refusal):
+        raise _not_given_back(files)
+    found = fit(base, files, True, where)
+    if isinstance(found, Refusal):
+        raise _not_given_back(found)
     return replace(record, restored_weights_sha256=found.sha256, restored_tree_sha256=files.tree_sha256)
 
 
+def _not_given_back(found: Refusal) -> FoldinError:
+    remedy = "archive it with a smaller tolerance, or keep its version in MLflow"
+    return FoldinError(replace(found, code="E_ARCHIVE", remedy=remedy))
+
+
 def _tags(house: House, expert: Folded) -> dict[str, str]:
-    """The tags that decide how the expert is folded; when its version is gone, as it was folded."""
-    found = house.mlflow.expert(expert.model, expert.version)
-    if found:
-        return {key: found.tags[key] for key in TAGS if key in found.tags}
-    return {"foldin.task": expert.task, "foldin.weight": f"{expert.weight:.9f}"}
+    """The tags that decide how the expert is folded, as it was folded."""
+    own = expert.declared
+    if own is None:  # an older foldin folded it, and noted only the product of this and the line's weight
+        found = house.mlflow.expert(expert.model, expert.version)
+        own = declared_weight(found) if found else math.nan
+        own = expert.weight if math.isnan(own) else own
+    task = {"foldin.task": expert.task}
+    return task if own == 1 else {**task, "foldin.weight": f"{Decimal(repr(own)):f}"}
+
+
+def _keep_signed(source: intake.Admitted, folder: Path) -> None:
+    """The digests of the expert's files, and the signature of those where there is one."""
+    write_json(folder / DIGESTS, {"files": source.files_sha256})
+    if SIGNATURE in source.files_sha256:
+        shutil.copyfile(source.folder / SIGNATURE, folder / SIGNATURE)
 
 
 def _copy_files(source: Path, target: Path) -> None:
@@ -177,18 +226,3 @@ def _bytes(folder: Path) -> int:
     """Of a folder's files, here and far."""
     here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return here + sum(each.size for each in far_files(folder).values())
-
-
-def print_archives(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The facts for people, a row for each expert."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from flows.printing import console
-
-    table = Table("expert", "", "bytes before", "bytes after", "ratio", "error", box=None, pad_edge=False)
-    for row in rows:
-        known = row["after"] is not None
-        sizes = (f"{row['before']:,}", f"{row['after']:,}", f"{row['ratio']:.1f}", f"{row['error']:.4f}")
-        table.add_row(Text(clean(row["expert"])), row["state"], *(sizes if known else ("", "", "", "")))
-    console().print(table)

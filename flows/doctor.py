@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from hashlib import sha256
 
+from flows.archives import check_archives
 from flows.chains import check_versions_of
 from flows.champion import check_target
 from flows.leftovers import abandoned
-from flows.restoring import check_archives
 from flows.starting import check_settings
 from flows.versions import thin
 from flows.waiting import misplaced

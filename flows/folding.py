@@ -188,7 +188,8 @@ def _folded(plan: Plan, expert: Admitted, measures: "Mapping[str, Measure]", wei
     from merging.measure import quadrature
 
     norm = quadrature(measure.delta_norm for name, measure in measures.items() if not plan.is_statistic(name))
-    return Folded(*expert.name, expert.task, expert.weights_sha256, expert.tree_sha256, norm, weight)
+    digests = expert.weights_sha256, expert.tree_sha256
+    return Folded(*expert.name, expert.task, *digests, norm, weight, expert.weight)
 
 
 def _copy_companions(base: Path, parent: Path, folder: Path) -> None:

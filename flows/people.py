@@ -160,7 +160,12 @@ def requeue(options: dict[str, Any], line: str, expert: str, because: str) -> No
 def archive(options: dict[str, Any], line: str, experts: tuple[str, ...], tolerance: float, as_json: bool) -> None:
     """Keep EXPERTS that the champion of LINE holds, or all of them, as compressed changes, for replays."""
     house = house_of(options)
+    from flows.archive_table import print_archives
     from flows.archiving import archive as keep
-    from flows.archiving import print_archives
 
-    answer(keep(house, line, experts, tolerance, getpass.getuser()), as_json, print_archives)
+    rows = keep(house, line, experts, tolerance, getpass.getuser())
+    answer(rows, as_json, print_archives)
+    reasons = [row["reason"] for row in rows if row["reason"]]
+    for reason in reasons:
+        click.echo(f"error: {reason}", err=True)
+    sys.exit(1 if reasons else 0)

@@ -74,24 +74,35 @@ def replay(
         branch = grow(at, settings, lease, champion, kept)
         verdict, scores = compared(at, settings, line, branch.head, champion)
         moved = promote and verdict.passed and branch.head.number != champion.number
-        told = f"{described(left, order)}: {because}"
-        if moved:
-            check_target(at, line, branch.head.number)
-            follow(at, lease, at.ledger.move(lease, "replay", branch.head.number, told, who))
-        else:
-            at.ledger.remark(lease, "replayed", f"v{branch.head.number}, {told}", who)
+        _noted(at, lease, branch.head.number, f"{described(left, order)}: {because}", who, moved=moved)
     return {
         "line": line,
         "champion": champion.number,
         "without": [each.name for each in left],
-        "start": branch.start,
-        "version": branch.head.number,
-        "weights_sha256": branch.head.memory.weights_sha256,
-        "experts": branch.experts,
+        **_facts(branch),
         "verdict": str(verdict.outcome),
         "reason": verdict.reason,
         "scores": scores,
         "promoted": moved,
+    }
+
+
+def _noted(at: House, lease: Lease, number: int, told: str, who: str, *, moved: bool) -> None:
+    """Write a branch into the line's history; `moved`, its last version becomes the champion."""
+    if moved:
+        check_target(at, lease.line, number)
+        follow(at, lease, at.ledger.move(lease, "replay", number, told, who))
+    else:
+        at.ledger.remark(lease, "replayed", f"v{number}, {told}", who)
+
+
+def _facts(branch: Branch) -> dict[str, Any]:
+    memory = branch.head.memory
+    return {
+        "start": branch.start,
+        "version": branch.head.number,
+        "weights_sha256": memory.weights_sha256,
+        "experts": branch.experts,
     }
 
 
@@ -151,12 +162,13 @@ def fold_beside(
 ) -> tuple[Version, dict[str, Any]]:
     """The branch with one more expert, registered beside the champion; as it was when the gate rejects it."""
     # No person is asked in between; what the last rung rejects and a person approved before stays approved.
-    work, admitted, archive = readmit(at, replace(settings, approval="on-reject"), lease, expert, folded, head.number)
+    again = readmit(at, replace(settings, approval="on-reject"), lease, expert, folded, head.number)
+    work, admitted, _ = again
     recipe = recipe_of(settings, head.memory)
     candidate = fold_tensors(work, admitted, recipe)
     if isinstance(candidate, Refusal):
         raise FoldinError(candidate)
-    return _kept(Again(work, admitted, archive), judge(work, admitted, candidate, recipe), head)
+    return _kept(again, judge(work, admitted, candidate, recipe), head)
 
 
 def _kept(again: Again, judged: Judged, head: Version) -> tuple[Version, dict[str, Any]]:

@@ -1,23 +1,23 @@
 """Archived experts, and how each comes back: the base, the change that was kept, and every other file as it was.
 
 An archive is a folder: archive.json (`Record`), changes/*.safetensors with the packed changes of the tensors, files/
-with everything that is no weights, and a manifest, written last. It lies in MLflow beside the line's history, under
-the digest of its manifest, which the line's history in the ledger names: nothing else is believed.
+with everything that is no weights, original/ with the digests of the expert's files and the signature of those, and a
+manifest, written last. Where archives lie: `flows.archives`.
 """
 
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flows.archives import LOST, Archive, opened
 from flows.versions import Version, chain, open_version
 from flows.wiring import House
 from registry import intake
-from registry.files import MANIFEST, Place, hash_tree, read_json, sha256_file, shown, verify_manifest
+from registry.files import Place, hash_tree, read_json, shown
 from registry.records import FoldinError, Refusal, TensorSpec
 from registry.store import tree_sha256
 
@@ -26,35 +26,10 @@ if TYPE_CHECKING:
 
     from registry.weights import Checkpoint
 
-ARCHIVED = "archived"  # the kind of the event
 RECORD = "archive.json"
 FORMAT = "foldin-archive/1"  # raised when what it says means something else
 CHANGES, FILES = "changes", "files"
-LOST = "restore the archive in MLflow from a backup, or leave the expert out"
-SAID = re.compile(
-    r"(.+): ([\d,]+) -> ([\d,]+) bytes, error (\S+); files ([0-9a-f]{64}), restored ([0-9a-f]{64}),"
-    r" archive ([0-9a-f]{64})"
-)
-
-
-class Archive(NamedTuple):
-    """One archived expert, as the history of a line names it."""
-
-    line: str
-    expert: str
-    before: int  # bytes of the expert's files
-    after: int  # bytes of the archive's
-    error: float  # ||restored - expert|| / ||expert - base||, over the whole model
-    tree_sha256: str  # digest of the expert's files
-    restored_sha256: str  # digest of the restored expert's files
-    manifest_sha256: str  # of the archive, its name in MLflow
-
-    @property
-    def said(self) -> str:
-        """The event's text; `SAID` reads it."""
-        sizes = f"{self.before:,} -> {self.after:,} bytes, error {self.error:.4g}"
-        digests = f"files {self.tree_sha256}, restored {self.restored_sha256}, archive {self.manifest_sha256}"
-        return f"{self.expert}: {sizes}; {digests}"
+ORIGINAL, DIGESTS = "original", "files.json"  # what a signature is checked against, and the signature
 
 
 class Kept(NamedTuple):
@@ -114,25 +89,6 @@ def _kept(row: Mapping[str, Any]) -> Kept:
     return Kept(**{**row, "shape": tuple(row["shape"]), "parts": tuple(row["parts"])})
 
 
-def archives(house: House) -> list[Archive]:
-    """Every archive that a line's history names, of all lines, oldest first."""
-    found = []
-    for line in house.ledger.lines():
-        for event in house.ledger.events(line.name):
-            match = SAID.fullmatch(event.because) if event.kind == ARCHIVED else None
-            if match:
-                expert, before, after, error, tree, again, manifest = match.groups()
-                sizes = int(before.replace(",", "")), int(after.replace(",", ""))
-                found.append(Archive(line.name, expert, *sizes, float(error), tree, again, manifest))
-    return found
-
-
-def archive_of(house: House, tree_sha256: str) -> Archive | None:
-    """The newest archive of an expert's files, or of what an archive gives back of them; None when there is none."""
-    mine = (each for each in archives(house) if tree_sha256 in (each.tree_sha256, each.restored_sha256))
-    return next(reversed(list(mine)), None)
-
-
 def restored(house: House, archive: Archive) -> tuple[intake.Admitted, Record]:
     """An archived expert as a copy in the content store, and the archive's record.
 
@@ -140,9 +96,8 @@ def restored(house: House, archive: Archive) -> tuple[intake.Admitted, Record]:
         FoldinError: E_DIGEST naming the file of the archive that is not the one that was recorded; E_ARCHIVE where the
             base, or what comes out, is another one than the record says; E_SOURCE where the archive is gone.
     """
-    where = f"archive of expert {archive.expert}"
-    with house.mlflow.archives.opened(archive.line, archive.manifest_sha256) as folder:
-        check_archive(folder, archive.manifest_sha256, where)
+    where = archive.where
+    with opened(house, archive) as folder:
         record = Record.read(folder, where)
         home = house.experts / archive.restored_sha256[:2] / archive.restored_sha256
         if home.is_dir() and tree_sha256(files := hash_tree(home)) == archive.restored_sha256:
@@ -160,30 +115,27 @@ def restored(house: House, archive: Archive) -> tuple[intake.Admitted, Record]:
     return copy, record
 
 
-def check_archives(house: House, line: str) -> Iterator[Refusal]:
-    """What is wrong with the archives that a line's history names."""
-    for archive in archives(house):
-        if archive.line == line:
-            try:
-                with house.mlflow.archives.opened(line, archive.manifest_sha256) as folder:
-                    check_archive(folder, archive.manifest_sha256, f"archive of expert {archive.expert}")
-            except FoldinError as error:
-                yield error.refusal
+def original_of(folder: Path, archive: Archive) -> intake.Admitted:
+    """What is kept of an archived expert's own files: their digests, and the signature of those where there is one.
+
+    Raises:
+        FoldinError: E_SIGNATURE where an older foldin kept neither; E_DIGEST where the digests are another expert's.
+    """
+    if not (folder / ORIGINAL / DIGESTS).exists():
+        place = Place(archive.where, "", LOST)
+        raise place.refuse("E_SIGNATURE", "the line asks for a signature, and none was kept with the archive")
+    files = read_json(folder / ORIGINAL / DIGESTS, archive.where)["files"]
+    found = tree_sha256(files)
+    if found != archive.tree_sha256:
+        place = Place(archive.where, f"{ORIGINAL}/{DIGESTS}", LOST)
+        what = "the digests are not those of the expert that was archived"
+        raise place.refuse("E_DIGEST", what, archive.tree_sha256[:12], found[:12])
+    return intake.Admitted(folder / ORIGINAL, files, found, ())
 
 
 def base_of(house: House, line: str) -> Version:
     """The version that holds a line's base."""
     return open_version(house, line, chain(house, line, house.ledger.line(line).champion or 0)[-1])
-
-
-def check_archive(folder: Path, manifest_sha256: str, where: str) -> None:
-    """Nothing, when every file of an archive is the one that was recorded; else raises FoldinError E_DIGEST."""
-    found = sha256_file(folder / MANIFEST) if (folder / MANIFEST).exists() else ""
-    if found != manifest_sha256:
-        what = "the archive's manifest is not the one that was recorded"
-        raise Place(where, MANIFEST, LOST).refuse("E_DIGEST", what, manifest_sha256[:12], found[:12] or "no manifest")
-    for wrong in verify_manifest(folder):
-        raise Place(where, wrong.file, LOST).refuse("E_DIGEST", wrong.what, wrong.expected[:12], wrong.found[:12])
 
 
 def write_restored(folder: Path, record: Record, base: Version, target: Path, where: str) -> None:

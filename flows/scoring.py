@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from evaluation.answers import answers_bytes, read_answers
 from flows.admission import suite_of
+from flows.archives import archive_of
 from flows.config import LineConfig
 from flows.plan import numerics_profile
-from flows.restoring import archive_of, restored
+from flows.restoring import restored
 from flows.versions import Folded, Memory, Version, head_of
 from flows.wiring import House
 from registry import intake

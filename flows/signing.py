@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from flows.config import LineConfig, SigningConfig
 from flows.versions import verified
 from flows.wiring import House, signing_passphrase
-from registry.files import MANIFEST, SIGNATURE, read_json, sha256_file
-from registry.intake import Admitted
+from registry.files import MANIFEST, SIGNATURE, read_json, sha256_file, shown
+from registry.intake import Admitted, copied
 from registry.records import FoldinError, Refusal
 
 if TYPE_CHECKING:
@@ -64,10 +64,13 @@ def signer_of(settings: SigningConfig) -> "Signer | None":
     return Signer(Path(settings.key), certificate, signing_passphrase())
 
 
-def check_expert(accepts: "tuple[Accepted, ...]", files: Admitted, where: str) -> Refusal | None:
+def check_expert(
+    accepts: "tuple[Accepted, ...]", files: Admitted, where: str, *, archived: bool = False
+) -> Refusal | None:
     """Why an expert's copy is not what an accepted key signed (E_SIGNATURE); None when it is, or nobody asks.
 
-    Every file of the copy must be signed. A file that was signed and not copied must lie beside those that were.
+    Every file of the copy must be signed. A file that was signed and not copied must lie beside those that were; of an
+    `archived` expert that can no longer be seen, and it is enough that it is none of those that are copied.
     """
     if not accepts:
         return None
@@ -78,7 +81,10 @@ def check_expert(accepts: "tuple[Accepted, ...]", files: Admitted, where: str) -
         expected = f"{SIGNATURE} beside the weights, by one of {', '.join(each.name for each in accepts)}"
         return Refusal(CODE, "the line asks for a signature and there is none", where, expected=expected, remedy=SIGN)
     signed = signed_files(files.folder / SIGNATURE, accepts, where)
-    return signed if isinstance(signed, Refusal) else difference(signed, found, where, files.ignored)
+    if isinstance(signed, Refusal):
+        return signed
+    ignored = [shown(name) for name in signed if not copied(name)] if archived else files.ignored
+    return difference(signed, found, where, ignored)
 
 
 def sign_version(house: House, line: str, version: int, folder: Path) -> bool:

@@ -36,6 +36,7 @@ class Folded(NamedTuple):
     tree_sha256: str  # digest of its files, their name in the content store
     delta_norm: float  # Frobenius norm of what was folded, weight * (expert - base), over the whole model
     weight: float = 1.0
+    declared: float | None = None  # of the weight what the expert itself declared; None where an older foldin folded it
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def decoded(stream: Tensor, count: int) -> Tensor:  # (bytes,), uint8 -> (count,
     Raises:
         MergeError: the bytes are not those of `count` numbers.
     """
-    planes = int(stream[0]) if len(stream) else -1
+    planes = int(stream[0]) if stream.dtype == torch.uint8 and stream.ndim == 1 and len(stream) else -1
     content = _inflated(stream, planes * count) if 0 <= planes <= 4 else None
     if content is None:
         raise MergeError(f"the bytes are not those of {count} numbers; restore them from a copy")

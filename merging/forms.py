@@ -43,7 +43,7 @@ def dense(target: Target) -> Parts | None:
 
 def read_dense(parts: Parts, shape: torch.Size) -> Tensor:  # -> shape, float64
     """The change that `dense` kept."""
-    return (decoded(parts["codes"], shape.numel()) * parts["step"]).reshape(shape)
+    return (decoded(parts["codes"], shape.numel()) * _step(parts)).reshape(shape)
 
 
 # sparse: the largest entries and their places
@@ -73,13 +73,14 @@ def sparse(target: Target) -> Parts | None:
 
 def read_sparse(parts: Parts, shape: torch.Size) -> Tensor:  # -> shape, float64
     """The change that `sparse` kept."""
-    count = int(parts["count"])
+    count = int(_numbers(parts, "count", torch.int64, 1))
     if not 0 < count <= shape.numel():
         raise ValueError(f"{count} entries of {shape.numel()}")
-    places = (decoded(parts["places"], count).long() + 1).cumsum(0) - 1
-    if int(places[-1]) >= shape.numel() or int(places[0]) < 0:
-        raise ValueError("places outside the tensor")
-    return _scattered(decoded(parts["codes"], count) * parts["step"], places, shape)
+    gaps = decoded(parts["places"], count).long()
+    places = (gaps + 1).cumsum(0) - 1
+    if int(gaps.min()) < 0 or int(places[-1]) >= shape.numel():
+        raise ValueError("places outside the tensor, or not in order")
+    return _scattered(decoded(parts["codes"], count) * _step(parts), places, shape)
 
 
 def _largest(flat: Tensor, share: float) -> Tensor:  # -> (k,), int64, ascending
@@ -132,10 +133,13 @@ def factors(target: Target) -> Parts | None:
 
 def read_factors(parts: Parts, shape: torch.Size) -> Tensor:  # -> shape, float64
     """The change that `factors` kept."""
-    rank, rows = len(parts["scale"]), shape[0]
-    columns = shape.numel() // rows
+    scale = _numbers(parts, "scale", torch.float64)
+    rank, rows = len(scale), shape[0] if len(shape) > 1 else 1
+    columns = shape.numel() // max(1, rows)
+    if not 0 < rank <= min(rows, columns):  # what is read is at most as large as the tensor
+        raise ValueError(f"rank {rank} of {rows} x {columns}")
     left, right = decoded(parts["left"], rank * rows), decoded(parts["right"], rank * columns)
-    return _product(left.reshape(rank, rows), right.reshape(rank, columns), parts["scale"]).reshape(shape)
+    return _product(left.reshape(rank, rows), right.reshape(rank, columns), scale).reshape(shape)
 
 
 def _leading(matrix: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor, float] | None:
@@ -190,3 +194,17 @@ def _scalar(value: float) -> Tensor:
 
 def _count(places: Tensor) -> Tensor:
     return torch.tensor([len(places)], dtype=torch.int64)
+
+
+def _step(parts: Parts) -> Tensor:  # -> (1,), float64
+    return _numbers(parts, "step", torch.float64, 1)
+
+
+def _numbers(parts: Parts, name: str, dtype: torch.dtype, count: int | None = None) -> Tensor:  # -> (count,)
+    """A part that is a row of finite numbers, any count of them when it is None."""
+    part = parts[name]
+    if part.dtype != dtype or part.ndim != 1 or (count is not None and len(part) != count):
+        raise ValueError(f"{name} has shape {list(part.shape)} and dtype {part.dtype}")
+    if not bool(part.isfinite().all()):
+        raise ValueError(f"{name} is not finite")
+    return part

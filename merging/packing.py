@@ -89,7 +89,8 @@ def unpack(form: str, parts: Parts, base: Tensor, dtype: torch.dtype) -> Tensor:
     except (KeyError, RuntimeError, ValueError) as error:
         raise MergeError(f"what is kept is no change of the form {form!r}; restore it from a copy") from error
     if (restored.shape, restored.dtype) != (base.shape, dtype):
-        raise MergeError(f"what is kept has shape {list(restored.shape)}, expected {list(base.shape)}")
+        found, expected = f"shape {list(restored.shape)} of {restored.dtype}", f"{list(base.shape)} of {dtype}"
+        raise MergeError(f"what is kept has {found}, expected {expected}; restore it from a copy")
     return restored
 
 

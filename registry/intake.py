@@ -63,7 +63,7 @@ def admit(source: Path, store: Path, where: str, *, keep: str = "", max_bytes: i
     try:
         names = names_in(source, where)
         _check_names(names, where)
-        wanted = partial(_copied, weights=ADAPTER if _is_adapter(names) else FULL)
+        wanted = partial(copied, weights=ADAPTER if _is_adapter(names) else FULL)
         check = partial(_check_copy, where=where)
         folder, tree, files = copy_in(
             source, store, wanted=wanted, keep=keep, check=check, max_bytes=max_bytes, where=where
@@ -73,7 +73,7 @@ def admit(source: Path, store: Path, where: str, *, keep: str = "", max_bytes: i
     return Admitted(folder, files, tree, tuple(shown(name) for name in names if not wanted(name)))
 
 
-def _copied(name: str, weights: tuple[str, ...]) -> bool:
+def copied(name: str, weights: tuple[str, ...] = FULL) -> bool:
     """Whether a file is on the allow-list, given the patterns for the expert's kind of weights."""
     if "/" in name:
         return COPIED_BELOW.fullmatch(name) is not None

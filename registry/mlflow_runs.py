@@ -7,10 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from registry.files import write_atomic
-from registry.mlflow_link import MERGE_KEY, TAG_LIMIT, Link, quoted, short
+from registry.mlflow_link import MERGE_KEY, TAG_LIMIT, Link, missing, quoted, short
 from registry.records import FoldinError, Refusal
 
 PARENT = "mlflow.parentRunId"
@@ -79,6 +80,16 @@ class Runs:
         with self._link.reached():
             return Path(self._link.client.download_artifacts(run_id, name, str(folder)))
 
+    def artifact_uri(self, run_id: str) -> str | None:
+        """Where a run's files lie, also of one that was deleted and can be restored; None when there is no such run."""
+        with self._link.reached():
+            try:
+                return str(self._link.client.get_run(run_id).info.artifact_uri)
+            except MlflowException as error:
+                if missing(error):
+                    return None
+                raise
+
     def keep_history(self, line: str, content: bytes) -> None:
         """Keep a line's history beside its merges; whoever dies in here leaves the last one whole.
 
@@ -127,7 +138,9 @@ class Runs:
         return self._found_or_made(line, HISTORY_OF, line, f"{line}: history", {})
 
     def _found_or_made(self, line: str, tag: str, value: str, name: str, tags: Mapping[str, str]) -> Run:
+        """The oldest run of a tag: whoever gives one of their own the same takes nothing away."""
         experiment, client = self._link.experiment(line), self._link.client
         with self._link.reached():
-            found = client.search_runs([experiment], f"tags.`{tag}` = '{value}'", max_results=1)
+            wanted, oldest = f"tags.`{tag}` = '{value}'", ["attributes.start_time ASC"]
+            found = client.search_runs([experiment], wanted, max_results=1, order_by=oldest)
             return found[0] if found else client.create_run(experiment, run_name=name, tags=short({tag: value, **tags}))

@@ -1,11 +1,12 @@
 """One candidate in its folder: what a run that was killed left there is neither kept nor in the way."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from flows import parts
-from flows.folding import fold
+from flows.folding import _folded, fold
 from flows.recipe import Recipe
 from flows.versions import STATE_FOLDER
 from registry.files import hash_tree
@@ -76,3 +77,10 @@ def test_another_strength_keeps_the_state_and_another_weight_does_not(candidate,
     assert state(lighter) != state(plain)
     assert lighter == candidate(tmp_path / "light", weight=0.5)
     assert candidate(tmp_path / "one") == plain
+
+
+def test_a_version_remembers_the_weight_that_the_expert_declared_and_the_one_it_was_folded_with(bare_line, zoo):
+    line = bare_line(zoo / "base")
+    expert = replace(line.admitted(zoo / "expert-1"), weight=0.5)
+    found = _folded(line.plan(zoo / "expert-1"), expert, {}, 1.5)
+    assert (found.weight, found.declared) == (1.5, 0.5)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from experiments.plain_client import champion, move_alias, register_expert
 from flows import versions
+from flows.archives import archives
 from flows.archiving import archive
 from flows.faults import blamed
-from flows.restoring import archives
 from flows.versions import STATE_FILE, STATE_FORMAT, open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry import weights

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flows import packs
+from flows.archives import SAID, Archive
 from flows.archiving import _copy_files
 from flows.packs import counterparts, pack_all
-from flows.restoring import FILES, SAID, Archive, Record, write_restored
+from flows.restoring import FILES, Record, write_restored
 from flows.versions import Memory, Version
 from registry.records import FoldinError
 from registry.weights import Checkpoint
@@ -97,7 +98,8 @@ def test_a_base_of_other_weights_and_a_change_that_is_not_finite_are_refused(bas
         pack_all(tmp_path / "bad", base, Checkpoint.open(expert, ""), 0.01, "expert")
 
 
-def test_what_the_history_says_of_an_archive_is_read_back():
-    said = Archive("tiny", "a: b v3", 1_234_567, 89, 0.0098, "a" * 64, "b" * 64, "c" * 64).said
-    groups = ("a: b v3", "1,234,567", "89", "0.0098", "a" * 64, "b" * 64, "c" * 64)
+@pytest.mark.parametrize("run", ["", "0" * 32])
+def test_what_the_history_says_of_an_archive_is_read_back(run):
+    said = Archive("tiny", "a: b v3", 1_234_567, 89, 0.0098, "a" * 64, "b" * 64, "c" * 64, run).said
+    groups = ("a: b v3", "1,234,567", "89", "0.0098", "a" * 64, "b" * 64, "c" * 64, run or None)
     assert SAID.fullmatch(said).groups() == groups

@@ -274,3 +274,32 @@ def test_a_base_that_came_with_a_signature_does_not_hand_it_on(signed, zoo):
     signed.register(zoo / "expert-2", "task-2")
     assert signed.watch()[0][:2] == ("folded", 3)
     assert signed.findings() == []
+
+
+def test_an_archived_expert_is_held_to_the_signatures_that_the_line_asks_for_now(signed, zoo, tmp_path):
+    from flows.archiving import archive
+    from flows.replay import replay
+
+    def replayed(*without):
+        facts = replay("tiny", "a test", without=without, who="ann", config_file=str(signed.toml))
+        return [(each["state"], each["source"]) for each in facts["experts"]]
+
+    vouched = shutil.copytree(zoo / "expert-2", tmp_path / "vouched")
+    (vouched / "training_args.bin").write_bytes(b"signed, and never copied")
+    for number, folder in enumerate((zoo / "expert-1", signed.sign(vouched), zoo / "expert-3"), 1):
+        signed.register(folder, f"task-{number}")
+    signed.watch()
+    assert [row["state"] for row in archive(signed.at, "tiny", [], 0.01, "ann")] == ["archived"] * 3
+    client = signed.at.mlflow._client
+    client.delete_model_version("tiny-experts", "3")
+    assert replayed("v1") == [("folded", "original"), ("folded", "archive")]
+    client.delete_model_version("tiny-experts", "2")
+    signed.ask(experts=["other.pub"])
+    with pytest.raises(FoldinError, match=r"E_SIGNATURE archive of expert tiny-experts v2.*not made with an accepted"):
+        replayed("v1")
+    signed.ask(experts=["team.pub"])
+    with pytest.raises(
+        FoldinError, match="E_SIGNATURE archive of expert tiny-experts v3: the line asks for a signature"
+    ):
+        replayed("v1")
+    assert replayed("v1", "v3") == [("folded", "archive")]

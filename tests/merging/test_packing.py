@@ -1,5 +1,7 @@
 """Changes of tensors in few bytes: within the tolerance as measured, and restored to the same bytes."""
 
+import resource
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -147,9 +149,10 @@ def test_what_is_no_floating_point_is_kept_exactly():
         assert torch.equal(unpack("exact", packed.parts, base, expert.dtype), expert)
 
 
-def test_a_change_beyond_what_a_dtype_holds_is_kept_exactly():
+def test_the_largest_numbers_of_a_dtype_come_back_finite():
     base, expert = torch.zeros(400), torch.full((400,), 65504.0).to(torch.float16)
     packed = pack(base, expert, 0.01)
+    assert packed.form == "dense"
     assert torch.isfinite(unpack(packed.form, packed.parts, base, torch.float16)).all()
     assert packed.error <= 0.01
 
@@ -181,3 +184,60 @@ def test_places_outside_the_tensor_are_refused():
     packed = pack(base, expert, 0.03)
     with pytest.raises(MergeError, match="no change of the form 'sparse'"):
         unpack("sparse", packed.parts, base[:20], torch.float32)
+
+
+NAMES = ("codes", "step", "places", "count", "left", "right", "scale", "exact")
+KINDS_OF_PARTS = (torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64, torch.bool)
+values = st.lists(st.integers(-9, 70) | st.sampled_from((10**9, torch.nan, torch.inf)), min_size=1, max_size=4)
+streams = st.lists(st.integers(-50, 700), max_size=40).map(
+    lambda given: encoded(torch.tensor(given, dtype=torch.int32))
+)
+
+
+@st.composite
+def plain(draw):
+    """A small tensor of any dtype."""
+    flat = torch.tensor(draw(values), dtype=torch.float64).to(draw(st.sampled_from(KINDS_OF_PARTS)))
+    return flat[0] if draw(st.booleans()) else flat.reshape(draw(st.sampled_from(((-1,), (1, -1), (-1, 1)))))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    kind=st.sampled_from(("normal", "low", "sparse")),
+    shape=st.sampled_from(((), (0,), (7,), (6, 4), (40, 30), (4, 3, 2))),
+    wrong=st.dictionaries(st.sampled_from(NAMES), plain() | streams, max_size=4),
+    without=st.sets(st.sampled_from(NAMES), max_size=1),
+    form=st.sampled_from((*MAKERS, "exact")),
+    own=st.booleans(),
+)
+def test_wrong_parts_are_refused_and_raise_nothing_else(kind, shape, wrong, without, form, own):
+    packed = pack(*pair(kind, (40, 30), 1), 0.1)
+    parts = {name: part for name, part in {**packed.parts, **wrong}.items() if name not in without}
+    base = torch.zeros(shape)
+    try:
+        restored = unpack(packed.form if own else form, parts, base, torch.float32)
+    except MergeError:
+        return
+    assert (restored.shape, restored.dtype) == (base.shape, torch.float32)
+
+
+def test_places_that_go_back_are_refused():
+    base = torch.zeros(200)
+    parts = {"codes": [1, 1, 1], "places": [5, 500, -400]}
+    parts = {name: encoded(torch.tensor(each, dtype=torch.int32)) for name, each in parts.items()}
+    parts |= {"step": torch.tensor([0.1], dtype=torch.float64), "count": torch.tensor([3])}
+    with pytest.raises(MergeError, match="no change of the form 'sparse'"):
+        unpack("sparse", parts, base, torch.float32)
+    parts["places"] = encoded(torch.tensor([5, 3, -2], dtype=torch.int32))  # one of them twice
+    with pytest.raises(MergeError, match="no change of the form 'sparse'"):
+        unpack("sparse", parts, base, torch.float32)
+
+
+def test_factors_of_a_rank_that_no_matrix_has_take_no_memory():
+    few, base = encoded(torch.zeros(0, dtype=torch.int32)), torch.zeros(2000, 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for rank in (0, 21, 20_000):
+        parts = {"left": few, "right": few, "scale": torch.ones(rank, dtype=torch.float64)}
+        with pytest.raises(MergeError, match="no change of the form 'factors'"):
+            unpack("factors", parts, base, torch.float32)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
