@@ -14,6 +14,7 @@ from typing import Any
 from evaluation.escape import clean
 from flows.fitting import fit
 from flows.leasing import held
+from flows.memory import Folded
 from flows.naming import find_expert
 from flows.packs import pack_all
 from flows.restoring import (
@@ -30,7 +31,7 @@ from flows.restoring import (
 )
 from flows.scoring import copy_of
 from flows.telling import say
-from flows.versions import Folded, Version, open_version
+from flows.versions import Version, open_version
 from flows.wiring import House
 from registry import intake
 from registry.far import far_files, names_in

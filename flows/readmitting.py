@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from flows.admission import Admitted, admit
 from flows.config import LineConfig
+from flows.memory import Folded
 from flows.restoring import Archive, archive_of, restored
 from flows.telling import say
-from flows.versions import Folded
 from flows.wiring import House
 from flows.work import Work, work_on
 from registry.records import Expert, ExpertVersion, FoldinError, Lease, Refusal
