@@ -40,6 +40,7 @@ def live(folder, said, verb, points):
         main(verb)
     except SystemExit as end:
         return int(end.code or 0)
+    return 0
 
 for line in sys.stdin:
     order = json.loads(line)
