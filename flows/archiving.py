@@ -17,12 +17,13 @@ from flows.admission import declared_weight
 from flows.archives import ARCHIVED, Archive, archive_of, opened
 from flows.fitting import fit
 from flows.leasing import held
+from flows.memory import Folded
 from flows.naming import find_expert
 from flows.packs import pack_all
 from flows.restoring import CHANGES, DIGESTS, FILES, FORMAT, ORIGINAL, RECORD, Record, base_of, write_restored
 from flows.scoring import copy_of
 from flows.telling import say
-from flows.versions import Folded, Version, open_version
+from flows.versions import Version, open_version
 from flows.wiring import House
 from registry import intake
 from registry.far import far_files, names_in

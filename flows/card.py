@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from evaluation.escape import clean
-from flows.versions import Memory, Version
+from flows.memory import Memory
+from flows.versions import Version
 
 if TYPE_CHECKING:
     from evaluation.report import Record

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from flows.signing import require_signature
-from flows.versions import open_version, retired
+from flows.versions import open_version, with_files
 from flows.wiring import House
 from registry.files import MANIFEST, read_json
 from registry.records import FoldinError, Merge, Refusal
@@ -22,7 +22,7 @@ def check_versions_of(house: House, line: str, registered: set[int]) -> Iterator
     for version in sorted(known.keys() - registered):
         what, remedy = "the ledger has a version that MLflow lost", "restore MLflow's database, or roll back to another"
         yield Refusal("E_VERSION", what, f"{line} v{version}", remedy=remedy)
-    for version in sorted(known.keys() & registered - retired(house, line)):
+    for version in sorted(known.keys() & registered & with_files(house, line)):
         try:
             folder = open_version(house, line, version, whole=True).folder
             require_signature(house, line, version, folder)

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from flows.signing import require_signature
-from flows.thinning import restore
-from flows.versions import find_merge, verified
+from flows.thinning import lacks_weights, restore
+from flows.versions import find_merge, verified, with_files
 from flows.wiring import House
 from registry.lineage import open_moves, open_origins
 from registry.records import Event, FoldinError, Lease, Refusal
@@ -43,7 +43,7 @@ def follow(house: House, lease: Lease, move: Event) -> None:
 
 
 def roll_back(house: House, lease: Lease, target: int, because: str, who: str) -> Event:
-    """Make another version the champion, verified again first, its weights had back if they were given up.
+    """Make another version the champion, verified again first, its weights had back if they are not there.
 
     Raises:
         FoldinError: E_VERSION for an unknown version, E_GATE for one that did not pass, E_DIGEST for a damaged one,
@@ -61,7 +61,7 @@ def roll_back(house: House, lease: Lease, target: int, because: str, who: str) -
 def check_target(house: House, line: str, version: int) -> None:
     """Nothing, when a version may be champion: registered by foldin, passed or approved, undamaged, signed as asked.
 
-    A thin one may be, once its weights are back.
+    Its serving weights are not looked at: `restore` does that, and makes them again where that must be.
     """
     merge = find_merge(house, line, version)
     if not merge.may_serve:
@@ -75,7 +75,7 @@ def check_target(house: House, line: str, version: int) -> None:
                 remedy=f"choose a version that `foldin log {line}` shows as passed or approved",
             )
         )
-    require_signature(house, line, version, verified(house, line, version)[0])
+    require_signature(house, line, version, verified(house, line, version, weights=False)[0])
 
 
 def reconcile(house: House, lease: Lease, told: Told) -> bool:
@@ -111,6 +111,22 @@ def agree(house: House, lease: Lease, told: Told, then: str) -> None:
         what = house.ledger.line(lease.line).blocked
         remedy = f"move the alias champion to a version that passed, then {then}"
         raise FoldinError(Refusal("E_BLOCKED", what, f"line {lease.line}", remedy=remedy))
+
+
+def mend_served(house: House, lease: Lease, told: Told) -> None:
+    """Give the versions that an alias names their serving weights back, where they are not all there.
+
+    Somebody put an alias on a thin version; or a run that was overtaken removed them late, and died.
+    """
+    line = lease.line
+    for number in sorted(with_files(house, line) & house.mlflow.aliased(line)):
+        try:
+            if lacks_weights(house, line, number):
+                restore(house, lease, number, "an alias names it", "foldin")
+        except FoldinError as error:
+            if error.refusal.code not in UNFIT:
+                raise
+            told(f"{line} v{number}, which an alias names, has no weights, and they cannot be had back: {error}")
 
 
 def _put_back(house: House, lease: Lease, target: int, late: list[Event], told: Told) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flows.champion import UNFIT, agree
-from flows.leasing import held
+from flows.leasing import held, remember
 from flows.leftovers import Item, leftovers, remove
 from flows.telling import say
-from flows.thinning import restore, thin_out
-from flows.versions import chain, numbers_of, open_version, retired, thin
+from flows.thinning import check_unnamed, restore, thin_out
+from flows.versions import chain, extents, numbers_of, open_version, with_files
 from flows.waiting import waiting
 from flows.wiring import House
+from registry.lineage import Extent
 from registry.records import FoldinError, Lease
 from registry.serving import is_serving
 
@@ -34,19 +35,9 @@ def stored_of(house: House, line: str) -> Stored:
 
     Nothing is read.
     """
-    gone = retired(house, line)
     return {
-        each: house.mlflow.files.sizes(line, each) if each not in gone else {}
-        for each in sorted(numbers_of(house, line))
-    }
-
-
-def state_of_files(house: House, line: str) -> dict[int, str]:
-    """Version -> whole, thin or retired, as the line's history says."""
-    gone, slim = retired(house, line), thin(house, line)
-    return {
-        each: "retired" if each in gone else "thin" if each in slim else "whole"
-        for each in sorted(numbers_of(house, line))
+        number: house.mlflow.files.sizes(line, number) if extent is not Extent.RETIRED else {}
+        for number, extent in extents(house, line).items()
     }
 
 
@@ -58,15 +49,14 @@ def garbage(house: House, line: str, keep: Keep, because: str, who: str, *, yes:
     else:
         stored = stored_of(house, line)
         items, left = collectable(house, line, keep, stored), {}
-    files = state_of_files(house, line)
-    versions = {each: {"bytes": sum(sizes.values()), "files": files[each]} for each, sizes in stored.items()}
+    kept = extents(house, line)
+    versions = {each: {"bytes": sum(sizes.values()), "files": kept[each]} for each, sizes in stored.items()}
     return {"line": line, "versions": versions, "items": [each._asdict() for each in items], "left": left, "done": yes}
 
 
 def had_again(house: House, line: str, version: int, because: str, who: str) -> None:
-    """Give a thin version its serving weights back, because a person asks; raises as `restore` and `open_version`."""
+    """Give a thin version its serving weights back, because a person asks; raises as `restore`."""
     with held(house, line, told=say) as lease:
-        open_version(house, line, version)
         restore(house, lease, version, because, who)
 
 
@@ -88,31 +78,49 @@ def collect(house: House, line: str, keep: Keep, because: str, who: str) -> tupl
         agree(house, lease, say, "collect")
         stored = stored_of(house, line)
         versions = _old_versions(house, line, keep, stored)
-        for item in versions:
-            if item.version not in retired(house, line):
-                house.ledger.remark(lease, "retired", f"v{item.version}: {because}", who)
-            house.ledger.leases.check(lease)
-            house.mlflow.retire(line, item.version)
+        left = _retire(house, lease, [each.version for each in versions], because, who)
         weights = _old_weights(house, line, keep, stored)
-        left = _thin_out(house, lease, [each.version for each in weights], because, who)
+        left |= _thin_out(house, lease, [each.version for each in weights], because, who)
         rest = leftovers(house, line)  # only now: the others take long
         for item in rest:
             house.ledger.leases.check(lease)
             remove(house, item)
-    return [*versions, *(each for each in weights if each.version not in left), *rest], left
+    return [*(each for each in (*versions, *weights) if each.version not in left), *rest], left
+
+
+def _retire(house: House, lease: Lease, versions: Sequence[int], because: str, who: str) -> dict[int, str]:
+    """Give up all files of versions; those that an alias names by now: why.
+
+    Nothing brings them back, so MLflow keeps the history that says so before the files go: a ledger that is lost
+    meanwhile can then be made again.
+    """
+    left, kept = dict[int, str](), extents(house, lease.line)
+    for version in (each for each in versions if kept[each] is not Extent.RETIRED):
+        try:
+            check_unnamed(house, lease.line, version)
+            house.ledger.remark(lease, "retired", f"v{version}: {because}", who)
+        except FoldinError as error:
+            left[version] = _about_a_version(error)
+    if versions:
+        remember(house, lease)
+    for version in (each for each in versions if each not in left):
+        house.ledger.leases.check(lease)
+        house.mlflow.retire(lease.line, version)
+    return left
 
 
 def _thin_out(house: House, lease: Lease, versions: Sequence[int], because: str, who: str) -> dict[int, str]:
     """Thin versions; those for which that cannot be: why. None is while the base is not as it was."""
-    left, first = dict[int, str](), min(numbers_of(house, lease.line))
+    left = dict[int, str]()
+    if not versions:
+        return left
     try:
-        if versions:
-            open_version(house, lease.line, first, whole=True)
+        base = open_version(house, lease.line, min(numbers_of(house, lease.line)), whole=True)
     except FoldinError as error:
         return dict.fromkeys(versions, f"nothing gives its weights back: {_about_a_version(error)}")
     for version in versions:
         try:
-            thin_out(house, lease, version, because, who)
+            thin_out(house, lease, base, version, because, who)
         except FoldinError as error:
             left[version] = _about_a_version(error)
     return left
@@ -141,11 +149,11 @@ def needed(house: House, line: str, keep: int) -> set[int]:
 
 def _old_versions(house: House, line: str, keep: Keep, stored: Stored) -> list[Item]:
     """The versions that nobody needs and that have files; one that was retired has, when that was cut off."""
-    many, gone = max(keep), retired(house, line)
+    many, there = max(keep), with_files(house, line)
     old = (
         version
         for version in stored.keys() - needed(house, line, many)
-        if version not in gone or house.mlflow.files.there(line, version)
+        if version in there or house.mlflow.files.there(line, version)
     )
     why = _too_old(many)
     return [
@@ -155,7 +163,7 @@ def _old_versions(house: House, line: str, keep: Keep, stored: Stored) -> list[I
 
 def _old_weights(house: House, line: str, keep: Keep, stored: Stored) -> list[Item]:
     """The serving weights, where they are there, of versions that stay and that nobody needs whole."""
-    old = needed(house, line, max(keep)) - needed(house, line, keep.whole) - retired(house, line)
+    old = (needed(house, line, max(keep)) - needed(house, line, keep.whole)) & with_files(house, line)
     sizes = {
         version: sum(size for name, size in stored[version].items() if is_serving(name))
         for version in sorted(old & stored.keys())

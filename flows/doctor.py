@@ -10,10 +10,10 @@ from flows.chains import check_versions_of
 from flows.champion import check_target
 from flows.leftovers import abandoned
 from flows.starting import check_settings
-from flows.versions import thin
+from flows.versions import extents
 from flows.waiting import misplaced
 from flows.wiring import House, is_dead
-from registry.lineage import open_moves
+from registry.lineage import Extent, open_moves
 from registry.records import FoldinError, Refusal
 
 # Prefect 3.8 allows newer releases of both, but its server does not start with the first, and its scheduler fails
@@ -97,7 +97,7 @@ def _check_candidate(house: House, line: str) -> Iterator[Refusal]:
 
 def _check_aliases(house: House, line: str, champion: int | None) -> Iterator[Refusal]:
     """Users load what an alias names, and a thin version cannot be loaded; the champion's is told already."""
-    slim = thin(house, line) - {champion}
+    slim = {version for version, extent in extents(house, line).items() if extent is Extent.THIN} - {champion}
     for version in sorted(slim & house.mlflow.aliased(line)) if slim else ():
         what, remedy = "an alias names a version without serving weights", f"foldin gc {line} --restore {version}"
         yield Refusal("E_THIN", what, f"{line} v{version}", remedy=remedy)

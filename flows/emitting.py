@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 from uuid import NAMESPACE_URL, uuid5
 
 from evaluation.escape import clean
+from flows.memory import Memory
 from flows.telling import say
-from flows.versions import Memory, Version, find_merge
+from flows.versions import Version, find_merge
 from flows.wiring import openlineage_key, tracking_uri
 from flows.work import Work
 from registry.records import FoldinError

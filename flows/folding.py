@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from flows.admission import Admitted
 from flows.config import LineConfig
 from flows.first_pass import Measures, recorded_sha256
+from flows.memory import STATE_FILE, STATE_FORMAT, Folded, Memory
 from flows.parts import state_parts
 from flows.passes import Serving, fold_once, fold_state, materialise, stats_after
 from flows.plan import Plan
@@ -17,7 +18,7 @@ from flows.planning import plan_for
 from flows.pool import devices_of
 from flows.recipe import Recipe
 from flows.second_pass import read_tensor
-from flows.versions import HEADS, STATE_FILE, STATE_FOLDER, STATE_FORMAT, Folded, Memory, Version
+from flows.versions import HEADS, STATE_FOLDER, Version
 from registry.files import SIGNATURE, hash_tree, read_json, write_json
 
 if TYPE_CHECKING:

@@ -39,14 +39,14 @@ def held(
             raise
     finally:
         try:
-            _remember(house, lease)
+            remember(house, lease)
         finally:
             stop.set()
             keeper.join()
             house.ledger.leases.release(lease)
 
 
-def _remember(house: House, lease: Lease) -> None:
+def remember(house: House, lease: Lease) -> None:
     """Let MLflow keep the line's history; when it cannot now, the next holder does.
 
     A holder that is overtaken in here may write an older history over a newer one, which the next holder mends.

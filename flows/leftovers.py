@@ -4,19 +4,16 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
-from flows.versions import STATE_FILE, Memory, numbers_of, retired
+from flows.memory import STATE_FILE, Memory
+from flows.versions import with_files
 from flows.wiring import House
 from registry.far import note_far
-from registry.records import ExpertState, FoldinError, Refusal
+from registry.records import DAY, ExpertState, FoldinError
 
 if TYPE_CHECKING:
     from registry.stored import Upload
-
-DOCTOR = "`foldin doctor` says what is left of it"
-DAY = 86400.0  # seconds; what is younger may be somebody's work
 
 
 class Item(NamedTuple):
@@ -43,25 +40,34 @@ def _downloads(house: House, line: str) -> Iterator[Item]:
 
 
 def _copies(house: House) -> Iterator[Item]:
-    """Our own copies of experts that are in no version with files; none while an expert waits to be folded."""
+    """Our own copies of experts that are in no version with files.
+
+    None while an expert waits to be folded, or while a version does not say which ones it holds.
+    """
     held = set[str]()
     for line in house.ledger.lines():
         if house.ledger.experts(line.name, ExpertState.PENDING):
             return
-        for version in numbers_of(house, line.name) - retired(house, line.name):
-            held |= {each.tree_sha256 for each in _memory(house, line.name, version).experts}
+        for version in with_files(house, line.name):
+            memory = _memory(house, line.name, version)
+            if memory is None:
+                return
+            held |= {each.tree_sha256 for each in memory.experts}
     for folder in sorted(house.experts.glob("[0-9a-f][0-9a-f]/*")):
         if folder.is_dir() and folder.name not in held and _is_old(folder.stat().st_mtime):
             yield Item("copy", str(folder), _bytes(folder), "no version with files holds it")
 
 
-def _memory(house: House, line: str, version: int) -> Memory:
-    """What a version remembers, of which no other file is fetched."""
-    with TemporaryDirectory(dir=house.config.home) as folder:
-        where = f"{line} v{version}"
-        if not house.mlflow.files.single(line, version, STATE_FILE, Path(folder)):
-            raise FoldinError(Refusal("E_SOURCE", "the version's memory is gone", where, STATE_FILE, remedy=DOCTOR))
-        return Memory.read(Path(folder), where)
+def _memory(house: House, line: str, version: int) -> Memory | None:
+    """What a version remembers, of which no other file is fetched; None when that is gone, or cannot be read."""
+    where = f"{line} v{version}"
+    try:
+        with house.mlflow.files.scratch() as folder:
+            return Memory.read(folder, where) if house.mlflow.files.single(line, version, STATE_FILE, folder) else None
+    except FoldinError as error:
+        if error.refusal.code not in ("E_FORMAT", "E_TOO_LARGE"):
+            raise
+        return None
 
 
 def _uploads(house: House) -> Iterator[Item]:

@@ -35,13 +35,12 @@ from flows.waiting import stands_still
 from flows.wiring import House, house
 from flows.work import Work, work_on
 from registry.files import shown, sweep
-from registry.records import Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Refusal
+from registry.records import DAY, Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Refusal
 from registry.verdicts import Outcome
 
 if TYPE_CHECKING:
     from evaluation.report import Record
 
-DAY = 86400.0  # seconds
 MAX_ATTEMPTS = 3  # an expert that ended so many runs without a word is set aside, so that the next one can go on
 
 TAG_PATIENCE = 10.0  # seconds between creating a version and tagging it that a client may take

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.folding import Candidate
+from flows.memory import Memory
 from flows.signing import sign_version
-from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Memory, Version
+from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Version
 from flows.wiring import CODE_FORMAT, House
 from registry.far import write_digests
 from registry.files import MANIFEST, read_json, sha256_file, verify_manifest, write_manifest

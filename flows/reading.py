@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.naming import find_expert
-from flows.versions import PAGE_FILE, REPORT_FILE, chain, find_merge, open_version, retired, thin
+from flows.versions import PAGE_FILE, REPORT_FILE, chain, extents, find_merge, open_version
 from flows.waiting import decided_by, facts_of, state_of
 from flows.wiring import House, is_dead
 from registry.files import read_json
-from registry.lineage import Node, ancestry, met, parents_of, tree
+from registry.lineage import Extent, Node, ancestry, met, parents_of, tree
 from registry.records import Event, Expert, ExpertState, FoldinError, Refusal
 
 SCORE = ("metric", "value", "split", "examples")
@@ -40,7 +40,7 @@ def log(house: House, name: str) -> dict[str, Any]:
     current = set(chain(house, name, champion)) if champion else set()
     merges = house.ledger.merges(name)
     states = {each.version: state_of(house, each) for each in merges if each.version is not None}
-    places, gone, slim = met(merges, experts), retired(house, name), thin(house, name)
+    places, kept = met(merges, experts), extents(house, name)
     return {
         "line": name,
         "champion": champion,
@@ -48,8 +48,8 @@ def log(house: House, name: str) -> dict[str, Any]:
             {
                 **_node(node, current),
                 "state": states[node.version],
-                "retired": node.version in gone,
-                "thin": node.version in slim,
+                "retired": kept[node.version] is Extent.RETIRED,
+                "thin": kept[node.version] is Extent.THIN,
             }
             for node in tree(merges, experts)
         ],

@@ -5,10 +5,10 @@ from typing import NamedTuple
 from flows.admission import Admitted, admit
 from flows.archives import Archive, archive_of, opened
 from flows.config import LineConfig
+from flows.memory import Folded
 from flows.restoring import original_of, restored
 from flows.signing import accepted_of, check_expert
 from flows.telling import say
-from flows.versions import Folded
 from flows.wiring import House
 from flows.work import Work, work_on
 from registry.files import Place

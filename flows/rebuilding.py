@@ -7,7 +7,7 @@ from flows.telling import say
 from flows.wiring import House
 from registry.files import MANIFEST, read_json, sha256_file
 from registry.history import read
-from registry.lineage import retired
+from registry.lineage import Extent, extents
 from registry.records import FoldinError, Refusal
 
 
@@ -23,7 +23,8 @@ def rebuild(house: House) -> list[str]:
     for line in lost:
         document = read(house.mlflow.runs.history(line), line)
         versions = {row["version"]: row for row in document["merges"] if row["version"] is not None}
-        for version in sorted(versions.keys() - retired((row["kind"], row["because"]) for row in document["events"])):
+        told = extents((row["kind"], row["because"]) for row in document["events"])
+        for version in sorted(each for each in versions if told.get(each) is not Extent.RETIRED):
             _check(house, line, version, versions)
         house.ledger.restore(document)
         say(f"line {line}: {len(versions)} versions and {len(document['experts'])} experts put back from MLflow")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flows.config import LineConfig
-from flows.versions import Memory
+from flows.memory import Memory
 
 
 class Recipe(NamedTuple):

@@ -15,6 +15,7 @@ from flows.champion import agree, check_target, follow
 from flows.config import LineConfig
 from flows.judging import Judged
 from flows.leasing import held
+from flows.memory import Folded
 from flows.merge import fold_tensors, judge, surroundings
 from flows.naming import find_expert
 from flows.readmitting import Again, readmit
@@ -23,8 +24,8 @@ from flows.recording import recorded, registered
 from flows.scoring import Bench, Subject, known_tasks, score, task_of
 from flows.starting import check_settings
 from flows.telling import bar, say
-from flows.thinning import had_back
-from flows.versions import Folded, Version, chain, find_merge, open_version, retired
+from flows.thinning import had_back, restore
+from flows.versions import Version, chain, find_merge, open_version, with_files
 from flows.wiring import House, house
 from registry.records import Decision, Expert, FoldinError, Lease, Merge, Refusal
 from registry.verdicts import Outcome, Report, TaskScore, Verdict
@@ -91,6 +92,7 @@ def _noted(at: House, lease: Lease, number: int, told: str, who: str, *, moved: 
     """Write a branch into the line's history; `moved`, its last version becomes the champion."""
     if moved:
         check_target(at, lease.line, number)
+        restore(at, lease, number, told, who)
         follow(at, lease, at.ledger.move(lease, "replay", number, told, who))
     else:
         at.ledger.remark(lease, "replayed", f"v{number}, {told}", who)
@@ -134,7 +136,7 @@ def described(left: Sequence[Expert], order: Sequence[str]) -> str:
 def grow(at: House, settings: LineConfig, lease: Lease, champion: Version, kept: Sequence[Expert]) -> Branch:
     """Fold what is kept, from the newest ancestor of the champion that holds nothing else."""
     head, done = beginning(at, lease.line, champion.number, [each.id for each in kept])
-    head = had_back(at, lease, head, "a replay begins at it", "foldin")
+    head = had_back(at, lease, head.number, "a replay begins at it", "foldin")
     start, outcomes = head.number, list[dict[str, Any]]()
     before = {(each.model, each.version): each for each in champion.memory.experts}
     say(f"{lease.line}: replaying {len(kept) - done} of {len(kept)} experts from v{start}")
@@ -146,13 +148,13 @@ def grow(at: House, settings: LineConfig, lease: Lease, champion: Version, kept:
 
 def beginning(at: House, line: str, champion: int, wanted: Sequence[int]) -> tuple[Version, int]:
     """The newest ancestor whose experts are the first of those wanted, and how many it holds."""
-    held, found, gone = list[int | None](), (0, 0), retired(at, line)
+    held, found, there = list[int | None](), (0, 0), with_files(at, line)
     for number in reversed(chain(at, line, champion)):
         expert = find_merge(at, line, number).expert_id
         held += [expert] if expert is not None else []
         if held != list(wanted[: len(held)]):
             break
-        if number not in gone:
+        if number in there:
             found = (number, len(held))
     return open_version(at, line, found[0]), found[1]
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from flows.card import CARD_FILE, card
 from flows.config import LineConfig
 from flows.judging import Judged
+from flows.memory import Memory
 from flows.scoring import known_tasks
-from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Memory, Version, bests, history
+from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Version, bests, history
 from flows.wiring import House
 from registry.files import write_atomic, write_json
 from registry.verdicts import Flip

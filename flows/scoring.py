@@ -12,9 +12,10 @@ from evaluation.answers import answers_bytes, read_answers
 from flows.admission import suite_of
 from flows.archives import archive_of
 from flows.config import LineConfig
+from flows.memory import Folded, Memory
 from flows.plan import numerics_profile
 from flows.restoring import restored
-from flows.versions import Folded, Memory, Version, head_of
+from flows.versions import Version, head_of
 from flows.wiring import House
 from registry import intake
 from registry.files import write_atomic

@@ -12,11 +12,12 @@ from flows.admission import base_digests
 from flows.champion import follow
 from flows.config import LineConfig
 from flows.leasing import held
+from flows.memory import STATE_FILE, STATE_FORMAT, Memory
 from flows.plan import numerics_profile
 from flows.publishing import register, write_version_manifest
 from flows.signing import check_signing
 from flows.telling import say
-from flows.versions import PAGE_FILE, REPORT_FILE, STATE_FILE, STATE_FORMAT, Memory
+from flows.versions import PAGE_FILE, REPORT_FILE
 from flows.wiring import House, merge_key
 from registry import intake
 from registry.files import SIGNATURE, write_atomic, write_json

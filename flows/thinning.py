@@ -17,89 +17,139 @@ from flows.plan import numerics_profile
 from flows.planning import plan_to_read
 from flows.pool import devices_of
 from flows.telling import say
-from flows.versions import Version, chain, open_version, thin
+from flows.versions import Found, Version, chain, extents, find_merge, look_at, open_version, opened
 from flows.wiring import House
-from registry.files import verify_manifest
+from registry.files import MANIFEST
+from registry.lineage import Extent
 from registry.records import FoldinError, Lease, Refusal
-from registry.serving import serving_files
+from registry.serving import STATE, serving_files
 
 SCRATCH = "rebuilt-"  # begins the names of folders in a line's scratch
 
 
-def thin_out(house: House, lease: Lease, number: int, because: str, who: str) -> None:
+def thin_out(house: House, lease: Lease, base: Version, number: int, because: str, who: str) -> None:
     """Give up the serving weights of a version, once it is proven that they can be had back. Each step is repeatable.
 
     Args:
         house: where the line is.
         lease: of the line.
-        number: of a version that is not the base, and that no alias names.
+        base: the line's first version, opened whole.
+        number: of another one, that no alias names.
         because: why; kept in the line's history.
         who: asks for it.
 
     Raises:
         FoldinError: E_THIN when base and state give other bytes here, E_ALIAS when an alias was put on the version
-            meanwhile, E_DIGEST when it or the base is damaged; its files are then all there.
+            meanwhile, E_DIGEST when it or the base is damaged; its files are then all there. E_FENCED when the line was
+            taken over; what was removed is then there again.
     """
     line = lease.line
-    house.mlflow.files.forget(line, number)  # what counts is what is stored
-    version = open_version(house, line, number)
-    with rebuilt(house, line, version):
-        pass
-    house.ledger.leases.check(lease)
+    house.mlflow.files.forget(line, number)  # what counts is what is stored, not what is kept of it here
+    version = open_version(house, line, number, whole=True)
+    with rebuilt(house, line, base, version) as folder:
+        house.ledger.leases.check(lease)
+        check_unnamed(house, line, number)
+        if not version.thin:
+            house.ledger.remark(lease, "thinned", f"v{number}: {because}", who)
+        _remove(house, lease, version, folder)
+
+
+def check_unnamed(house: House, line: str, number: int) -> None:
+    """Nothing, while no alias names a version; else E_ALIAS: its files stay."""
     if number in house.mlflow.aliased(line):
         what, remedy = "an alias names the version, so users may load it", "leave it whole"
         raise FoldinError(Refusal("E_ALIAS", what, f"{line} v{number}", remedy=remedy))
-    if not version.thin:
-        house.ledger.remark(lease, "thinned", f"v{number}: {because}", who)
-    house.mlflow.thin(line, number, sorted(serving_files(version.folder)))
 
 
-def restore(house: House, lease: Lease, number: int, because: str, who: str) -> None:
-    """Give a thin version its serving weights back; nothing to do for any other. Each step is repeatable.
+def _remove(house: House, lease: Lease, version: Version, again: Path) -> None:
+    """Remove a version's serving weights; `again` holds them.
+
+    MLflow cannot check the fence. A run that is paused between a check and a removal may remove late what whoever took
+    over found there, and had back by that, or has made champion. So whoever was overtaken puts everything back, which
+    at worst is in the way until the next `gc`; when it dies before, the next watch does (`champion.mend_served`).
+    """
+    line, number, names = lease.line, version.number, sorted(serving_files(version.folder))
+    try:
+        house.mlflow.label(line, number, {STATE: Extent.THIN})
+        for name in names:
+            house.ledger.leases.check(lease)
+            house.mlflow.files.drop(line, number, [name])
+        house.ledger.leases.check(lease)
+    except FoldinError:
+        extent = extents(house, line)[number]
+        if house.ledger.leases.holder(line).fence != lease.fence and extent is not Extent.RETIRED:
+            house.mlflow.files.put(line, number, again, names)
+            if extent is Extent.WHOLE:
+                house.mlflow.unlabel(line, number)
+        raise
+
+
+def restore(house: House, lease: Lease, number: int, because: str, who: str, *, whole: bool = True) -> Found:
+    """The files of a version, its serving weights made again where they are not as its manifest lists them.
+
+    That is so where they were given up; whatever else became of them, they can be made again. Each step is repeatable.
+
+    Args:
+        house: where the line is.
+        lease: of the line.
+        number: of the version.
+        because: why; kept in the line's history.
+        who: asks for it.
+        whole: as in `look_at`, for a version that is not thin.
 
     Raises:
         FoldinError: E_THIN when base and state give other bytes here, E_DIGEST when one of them is damaged, E_MLFLOW
-            when what was uploaded did not arrive; the version then stays thin.
+            when what was uploaded did not arrive; and as `look_at`. The version then stays as it is.
     """
     line = lease.line
-    if number not in thin(house, line):
-        return
-    house.mlflow.files.forget(line, number)
-    version = open_version(house, line, number, whole=True)
-    if verify_manifest(version.folder):  # else a run was killed before it removed them, or after it put them back
-        say(f"{line} v{number}: its weights are made again from the base and its state")
-        with rebuilt(house, line, version) as folder:
-            house.ledger.leases.check(lease)
-            house.mlflow.files.put(line, number, folder, sorted(serving_files(version.folder)))
-    _check_arrived(house, line, number)
+    found = look_at(house, line, number, whole=whole).checked(weights=False)
+    if found.thin or found.weights:
+        house.mlflow.files.forget(line, number)  # perhaps it is only ours that is damaged
+        found = look_at(house, line, number, whole=True).checked(weights=False)
+    if not (found.thin or found.weights):
+        return found
+    if find_merge(house, line, number).parent is None:
+        found.checked()  # the base is made of nothing else
+    if found.weights:  # else a run was killed before it removed them, or after it put them back
+        _make_again(house, lease, opened(line, number, found))
+        found = look_at(house, line, number, whole=True)
+        for wrong in (*found.others, *found.weights):
+            what, remedy = "the weights that were put back did not arrive whole", "run it again"
+            raise FoldinError(replace(wrong, code="E_MLFLOW", what=what, where=f"{line} v{number}", remedy=remedy))
     house.mlflow.unlabel(line, number)
     house.ledger.remark(lease, "restored", f"v{number}: {because}", who)
+    return found._replace(thin=False)
 
 
-def _check_arrived(house: House, line: str, number: int) -> None:
-    stored = house.mlflow.folder(line, number)
-    house.mlflow.files.look_again(stored)
-    wrong = verify_manifest(stored)
-    if wrong:
-        what = "the weights that were put back did not arrive whole"
-        raise FoldinError(replace(wrong[0], code="E_MLFLOW", what=what, where=f"{line} v{number}"))
+def _make_again(house: House, lease: Lease, version: Version) -> None:
+    line, number = lease.line, version.number
+    say(f"{line} v{number}: its weights are made again from the base and its state")
+    base = open_version(house, line, chain(house, line, number)[-1], whole=True)
+    with rebuilt(house, line, base, version) as folder:
+        house.ledger.leases.check(lease)
+        house.mlflow.files.put(line, number, folder, sorted(serving_files(version.folder)))
 
 
-def had_back(house: House, lease: Lease, version: Version, because: str, who: str) -> Version:
-    """A version with its serving weights; arguments and errors as of `restore`."""
-    restore(house, lease, version.number, because, who)
-    return open_version(house, lease.line, version.number) if version.thin else version
+def had_back(house: House, lease: Lease, number: int, because: str, who: str) -> Version:
+    """A version with its serving weights; arguments and errors as of `restore`, but what is far is not read whole."""
+    return opened(lease.line, number, restore(house, lease, number, because, who, whole=False))
+
+
+def lacks_weights(house: House, line: str, number: int) -> bool:
+    """Whether a serving file of a version is not where it should be, by the listing; only the manifest is read."""
+    with house.mlflow.files.scratch() as folder:
+        manifest = house.mlflow.files.single(line, number, MANIFEST, folder)
+        listed = serving_files(folder) if manifest else {}
+    return not listed.keys() <= house.mlflow.files.names(line, number)
 
 
 @contextmanager
-def rebuilt(house: House, line: str, version: Version) -> Iterator[Path]:
+def rebuilt(house: House, line: str, base: Version, version: Version) -> Iterator[Path]:
     """A folder with the serving weights of a version, made of base and state; gone when the block ends.
 
     Raises:
-        FoldinError: E_THIN when they are not, to the byte, those that the version's manifest lists; as `open_version`
-            for the base, and as `materialise`.
+        FoldinError: E_THIN when they are not, to the byte, those that the version's manifest lists; as `materialise`.
     """
-    base = open_version(house, line, chain(house, line, version.number)[-1])
     work = house.work(line)
     work.mkdir(parents=True, exist_ok=True)
     for left in work.glob(f"{SCRATCH}*"):  # by a run that was killed

@@ -1,89 +1,27 @@
 """A registered version opened for use: verified against its manifest, its tensors lazy."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from flows.memory import Memory
 from flows.wiring import House
 from registry.far import names_in
-from registry.files import MANIFEST, read_json, sha256_file, shown, verify_manifest
-from registry.lineage import ancestry, parents_of, thinned
-from registry.lineage import retired as retired_in
+from registry.files import MANIFEST, read_json, sha256_file, verify_manifest
+from registry.lineage import Extent, ancestry, parents_of
+from registry.lineage import extents as extents_in
 from registry.records import FoldinError, Merge, Refusal
 from registry.serving import serving_files
 
 if TYPE_CHECKING:
     from registry.weights import Checkpoint
 
-STATE_FILE = "foldin/state.json"
-STATE_FORMAT = 3  # of the memory and the slots; raised when what they say means something else
 STATE_FOLDER = "foldin/state"
 HEADS = "heads"
 REPORT_FILE = "foldin/report.json"
 PAGE_FILE = "foldin/report.html"
 PLOTS = "foldin/plots"
 ANSWERS = "foldin/predictions"
-
-
-class Folded(NamedTuple):
-    """One expert as a version remembers it."""
-
-    model: str
-    version: int
-    task: str
-    weights_sha256: str  # content digest of its weights
-    tree_sha256: str  # digest of its files, their name in the content store
-    delta_norm: float  # Frobenius norm of what was folded, weight * (expert - base), over the whole model
-    weight: float = 1.0
-    declared: float | None = None  # of the weight what the expert itself declared; None where an older foldin folded it
-
-
-@dataclass(frozen=True)
-class Memory:
-    """foldin/state.json: what a version remembers besides the slots, enough to fold the next expert or to replay."""
-
-    method: str
-    parameters: Mapping[str, Any]  # as used, with what a search chose
-    base_sha256: str
-    weights_sha256: str  # content digest of the serving weights
-    stats: tuple[float, float, float] = (0.0, 0.0, 0.0)  # count, norm_sum, total_norm
-    projected: tuple[str, ...] = ()
-    experts: tuple[Folded, ...] = ()  # in the order of folding
-    suites: Mapping[str, str] = field(default_factory=dict)  # task -> digest of the suite it is measured by
-    profile: Mapping[str, str] = field(default_factory=dict)  # the numerics profile: same profile, same bytes
-    stored: Mapping[str, str] = field(default_factory=dict)  # tensor -> the experts' coarsest dtype, if not the base's
-    factor: float = 1.0  # of the configured strength, chosen by a search; the next fold goes on with it
-    cast_loss: float = 0.0  # norm of what the casts to the base's dtypes took away, over the norm of what was added
-
-    @classmethod
-    def read(cls, folder: Path, where: str = "") -> "Memory":
-        """The memory of a version's folder; `where` names the version in messages.
-
-        Raises:
-            FoldinError: E_FORMAT when another foldin wrote it, which meant something else by it.
-        """
-        table = read_json(folder / STATE_FILE, where)
-        found = table.pop("format", None)
-        if found != STATE_FORMAT:
-            raise FoldinError(_other_format(where, found))
-        return cls(
-            **{
-                **table,
-                "stats": tuple(table["stats"]),
-                "projected": tuple(table["projected"]),
-                "experts": tuple(Folded(*row) for row in table["experts"]),
-            }
-        )
-
-    def owner(self, task: str) -> Folded | None:
-        """The first expert folded for a task: its suite measures the task, its head (the last one's) serves it."""
-        return next((expert for expert in self.experts if expert.task == task), None)
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks the version knows, in order of arrival."""
-        return tuple(dict.fromkeys(expert.task for expert in self.experts))
 
 
 @dataclass(frozen=True)
@@ -95,6 +33,7 @@ class Version:
     manifest_sha256: str
     memory: Memory
     thin: bool = False  # its serving weights were given up
+    line: str = ""
 
     @property
     def where(self) -> str:
@@ -110,7 +49,7 @@ class Version:
         from registry.weights import Checkpoint
 
         if self.thin:
-            raise FoldinError(_given_up(self.number))
+            raise FoldinError(_given_up(self))
         return Checkpoint.open(self.folder, self.where)
 
     def slots(self) -> "Checkpoint | None":
@@ -119,6 +58,26 @@ class Version:
 
         folder = self.folder / STATE_FOLDER
         return Checkpoint.open(folder, f"state of {self.where}") if folder.exists() else None
+
+
+class Found(NamedTuple):
+    """The files of a version, held against its manifest, and that against the ledger."""
+
+    folder: Path
+    manifest_sha256: str
+    thin: bool  # its serving weights were given up
+    weights: tuple[Refusal, ...]  # what is wrong with the serving weights, which can be made again
+    others: tuple[Refusal, ...]  # with any other file
+
+    def checked(self, *, weights: bool = True) -> "Found":
+        """The same, when nothing is wrong; of a thin version, and without `weights`, the serving weights do not count.
+
+        Raises:
+            FoldinError: E_DIGEST naming the file that differs.
+        """
+        for wrong in (*self.others, *(self.weights if weights and not self.thin else ())):
+            raise FoldinError(wrong)
+        return self
 
 
 def head_of(folder: Path, task: str) -> "Checkpoint | None":
@@ -130,46 +89,68 @@ def head_of(folder: Path, task: str) -> "Checkpoint | None":
 
 
 def open_version(house: House, line: str, number: int, *, whole: bool = False) -> Version:
-    """A version of a line, every file compared with the manifest that the ledger recorded; `whole` as in `verified`.
+    """A version of a line, every file compared with the manifest that the ledger recorded; `whole` as in `look_at`.
 
     Raises:
         FoldinError: as `verified`, and as `Memory.read` for a version that another foldin made.
     """
-    folder, manifest = verified(house, line, number, whole=whole)
-    memory = Memory.read(folder, f"{line} v{number}")
-    return Version(number, folder, manifest, memory, number in thin(house, line))
+    return opened(line, number, look_at(house, line, number, whole=whole).checked())
 
 
-def verified(house: House, line: str, number: int, *, whole: bool = True) -> tuple[Path, str]:
-    """The folder of a version and its manifest's digest, every file compared with what the ledger recorded.
+def opened(line: str, number: int, found: Found) -> Version:
+    """The version that was looked at; raises as `Memory.read`."""
+    memory = Memory.read(found.folder, f"{line} v{number}")
+    return Version(number, found.folder, found.manifest_sha256, memory, found.thin, line)
 
-    Weights that lie in S3 are read for that only when asked for as a `whole`; else each tensor is compared when it is
-    read. The serving weights of a thin version are not looked at.
+
+def verified(house: House, line: str, number: int, *, weights: bool = True) -> tuple[Path, str]:
+    """The folder of a version and its manifest's digest, every file compared, as it is stored now.
+
+    Without `weights` the serving weights are not looked at, as those of a thin version never are, and what was brought
+    here before is believed: for those who have the weights back afterwards, and look at all of it then.
 
     Raises:
-        FoldinError: E_DIGEST naming the file that differs, or E_VERSION when foldin never registered it.
+        FoldinError: as `look_at`; E_DIGEST naming a file that differs.
     """
-    merge = find_merge(house, line, number)
-    if number in retired(house, line):
+    found = look_at(house, line, number, whole=weights).checked(weights=weights)
+    return found.folder, found.manifest_sha256
+
+
+def look_at(house: House, line: str, number: int, *, whole: bool) -> Found:
+    """The files of a version, each compared with the manifest that the ledger recorded.
+
+    Args:
+        house: where the line is.
+        line: its name.
+        number: of a version that was not retired.
+        whole: compare what is stored now, all of it. Else a download that is here already is believed to be what is
+            stored; and each tensor that lies in S3 is compared when it is read.
+
+    Raises:
+        FoldinError: E_VERSION when foldin never registered it, E_RETIRED, E_SOURCE, E_DIGEST for another manifest.
+    """
+    merge, extent = find_merge(house, line, number), extents(house, line)[number]
+    if extent is Extent.RETIRED:
         what, remedy = "the version was retired, its files are gone", f"choose another of `foldin log {line}`"
         raise FoldinError(Refusal("E_RETIRED", what, f"{line} v{number}", remedy=remedy))
-    is_thin = number in thin(house, line)
-    folder = _folder(house, line, merge)
-    if not is_thin and not serving_files(folder).keys() <= set(names_in(folder)):
-        house.mlflow.files.forget(line, number)  # brought here while it was thin
-        folder = _folder(house, line, merge)
+    folder = _folder(house, line, merge, fresh=whole)
+    listed = serving_files(folder)
+    if extent is Extent.WHOLE and not listed.keys() <= set(names_in(folder)):
+        folder = _folder(house, line, merge, fresh=True)  # perhaps it was brought here while it was thin
     if whole:
         house.mlflow.files.look_again(folder)
-    wrong = verify_manifest(folder, serving_files(folder) if is_thin else ())
-    if wrong:
-        raise FoldinError(wrong[0])
-    return folder, merge.manifest_sha256
+    wrong = verify_manifest(folder)
+    mine = [each for each in wrong if each.code == "E_DIGEST" and each.file in listed]
+    others = tuple(each for each in wrong if each not in mine)
+    if merge.parent is not None:
+        mine = [replace(each, remedy=f"run `foldin gc {line} --restore {number}`; it makes it again") for each in mine]
+    return Found(folder, merge.manifest_sha256, extent is Extent.THIN, tuple(mine), others)
 
 
-def _folder(house: House, line: str, merge: Merge) -> Path:
+def _folder(house: House, line: str, merge: Merge, *, fresh: bool) -> Path:
     """The folder of a version, with the manifest that was recorded."""
     number = merge.version or 0
-    folder = house.mlflow.folder(line, number)
+    folder = house.mlflow.folder(line, number, fresh=fresh)
     manifest = sha256_file(folder / MANIFEST) if (folder / MANIFEST).exists() else ""
     if manifest != merge.manifest_sha256:
         raise FoldinError(_other_manifest(f"{line} v{number}", merge, manifest))
@@ -189,14 +170,15 @@ def bests(version: Version) -> dict[str, tuple[float, str]]:
     return {name: (float(value), str(suite)) for name, (value, suite) in found.items()}
 
 
-def retired(house: House, line: str) -> set[int]:
-    """The versions whose files were given up (`foldin gc`)."""
-    return retired_in((event.kind, event.because) for event in house.ledger.events(line))
+def extents(house: House, line: str) -> dict[int, Extent]:
+    """Version -> what is kept of its files (`foldin gc`), of all that foldin registered, ascending."""
+    told = extents_in((event.kind, event.because) for event in house.ledger.events(line))
+    return {number: told.get(number, Extent.WHOLE) for number in sorted(numbers_of(house, line))}
 
 
-def thin(house: House, line: str) -> set[int]:
-    """The versions whose serving weights were given up, and can be made again (`flows.thinning`)."""
-    return thinned((event.kind, event.because) for event in house.ledger.events(line))
+def with_files(house: House, line: str) -> set[int]:
+    """The versions that were not retired."""
+    return {number for number, extent in extents(house, line).items() if extent is not Extent.RETIRED}
 
 
 def find_merge(house: House, line: str, number: int) -> Merge:
@@ -231,21 +213,12 @@ def chain(house: House, line: str, number: int) -> list[int]:
     return ancestry(parents_of(house.ledger.merges(line)), number)
 
 
-def _other_format(where: str, found: object) -> Refusal:
-    return Refusal(
-        code="E_FORMAT",
-        what="another foldin wrote the version's memory, and meant something else by it",
-        where=where,
-        file=STATE_FILE,
-        expected=f"format {STATE_FORMAT}",
-        found=f"format {shown(found)}",
-        remedy="start a new line and register its experts there; the versions of this one can still be loaded",
+def _given_up(version: Version) -> Refusal:
+    what, again = (
+        "the serving weights were given up to save room",
+        f"foldin gc {version.line} --restore {version.number}",
     )
-
-
-def _given_up(number: int) -> Refusal:
-    what, remedy = "the serving weights were given up to save room", f"foldin gc LINE --restore {number}"
-    return Refusal("E_THIN", what, f"version {number}", remedy=remedy)
+    return Refusal("E_THIN", what, version.where, remedy=f"run `{again}`")
 
 
 def _other_manifest(where: str, merge: Merge, found: str) -> Refusal:

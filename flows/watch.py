@@ -8,7 +8,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 
 from flows.approval import present
-from flows.champion import reconcile
+from flows.champion import mend_served, reconcile
 from flows.discovery import discover
 from flows.leasing import held
 from flows.merge import MAX_ATTEMPTS, merge_expert
@@ -27,6 +27,7 @@ def watch(line: str, config_file: str = "foldin.toml") -> list[dict[str, Any]]:
     start(at, line, settings)
     with held(at, line, told=say) as lease:
         free = reconcile(at, lease, say)
+        mend_served(at, lease, say)
         present(at, line)
         discover(at, lease, settings)
         tidy(at, lease)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from flows.admission import Admitted
 from flows.config import LineConfig
 from flows.scoring import own_suites
-from flows.thinning import restore
-from flows.versions import Version, chain, open_version, retired
+from flows.thinning import had_back
+from flows.versions import Version, chain, open_version, with_files
 from flows.wiring import House, merge_key
 from registry.records import Expert, ExpertVersion, Lease
 
@@ -31,11 +31,9 @@ class Work(NamedTuple):
         expert = f"{self.expert.name}:{admitted.tree_sha256}"  # registered again, the same files are judged anew
         suites = {**self.suites, admitted.task: admitted.suite.sha256}
         parts = (self.parent.manifest_sha256, expert, admitted.task, suites)
-        key, gone = (
-            merge_key(self.lease.line, *parts, self.settings, admitted.weight),
-            retired(self.house, self.lease.line),
-        )
-        while (known := self.house.ledger.merge(key)) and known.version in gone:
+        key = merge_key(self.lease.line, *parts, self.settings, admitted.weight)
+        there = {None, *with_files(self.house, self.lease.line)}
+        while (known := self.house.ledger.merge(key)) and known.version not in there:
             key = hashlib.sha256(f"{key}:again".encode()).hexdigest()  # the files of the last one are gone
         return key
 
@@ -55,8 +53,7 @@ def work_on(
     """Everything a merge reads, verified: the version it folds into, the champion when None, and the base."""
     number = into or at.ledger.line(lease.line).champion
     assert number is not None, "reconcile lets nothing be folded before the base is champion"
-    restore(at, lease, number, f"{expert.name} is folded into it", "foldin")
-    parent = open_version(at, lease.line, number)
+    parent = had_back(at, lease, number, f"{expert.name} is folded into it", "foldin")
     first = chain(at, lease.line, number)[-1]
     base = parent if first == number else open_version(at, lease.line, first)
     return Work(at, settings, lease, expert, found, base, parent, own_suites(settings))

@@ -2,8 +2,20 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from registry.records import Event, Expert, Merge
+
+
+class Extent(StrEnum):
+    """How much of a version's files is kept."""
+
+    WHOLE = "whole"
+    THIN = "thin"  # all but the serving weights
+    RETIRED = "retired"  # nothing
+
+
+SAYS = {"thinned": Extent.THIN, "restored": Extent.WHOLE, "retired": Extent.RETIRED}  # by kinds of events
 
 
 @dataclass(frozen=True)
@@ -48,22 +60,18 @@ def tree(merges: Iterable[Merge], experts: Iterable[Expert]) -> tuple[Node, ...]
     )
 
 
-def retired(events: Iterable[tuple[str, str]]) -> set[int]:
-    """The versions whose files were given up, from (kind, because) of a line's events: those retired say "v3: why"."""
-    return {_version_in(because) for kind, because in events if kind == "retired"}
+def extents(events: Iterable[tuple[str, str]]) -> dict[int, Extent]:
+    """Version -> what is kept of it, from (kind, because) of a line's events, which say "v3: why".
 
-
-def thinned(events: Iterable[tuple[str, str]]) -> set[int]:
-    """The versions whose serving weights were given up and not had back, from the same; what was retired is not."""
-    found = dict[int, str]()
+    Of a version that is not named every file is kept. The last word counts; what was retired never comes back.
+    """
+    found = dict[int, Extent]()
     for kind, because in events:
-        if kind in ("thinned", "restored", "retired"):
-            found[_version_in(because)] = kind
-    return {version for version, kind in found.items() if kind == "thinned"}
-
-
-def _version_in(because: str) -> int:
-    return int(because.partition(":")[0].removeprefix("v"))
+        if kind in SAYS:
+            version = int(because.partition(":")[0].removeprefix("v"))
+            if found.get(version) is not Extent.RETIRED:
+                found[version] = SAYS[kind]
+    return found
 
 
 def met(merges: Iterable[Merge], experts: Iterable[Expert]) -> dict[int, int | None]:

@@ -15,9 +15,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from registry.far import is_mirror, look_again, mirror, note_far, store
 from registry.files import MANIFEST, shown, sweep, verify_manifest
 from registry.mlflow_link import Link, unreachable
-from registry.records import FoldinError, Refusal
-
-DAY = 86400.0  # seconds
+from registry.records import DAY, FoldinError, Refusal
 
 
 class Files:
@@ -35,22 +33,28 @@ class Files:
         """
         return self._behind(model, version, self._cache / "experts" / model / str(version))
 
-    def version(self, line: str, version: int) -> Path:
-        """The local folder with one version's artifacts, downloaded once. Raises as `expert`."""
+    def version(self, line: str, version: int, *, fresh: bool = False) -> Path:
+        """The local folder with one version's artifacts, downloaded once, or `fresh` again. Raises as `expert`."""
         known = self._cache / "versions" / line / str(version)
         whole = known.is_dir() and not is_mirror(known)
-        return known if whole else self._behind(line, version, known, ours=True)
+        return known if whole and not fresh else self._behind(line, version, known, ours=True)
 
     @contextmanager
     def brought(self, uri: str, where: str, name: str) -> Iterator[Path]:
         """The local folder behind an artifact URI while the block runs; what was downloaded for it then goes."""
+        with self.scratch() as scratch:
+            with self._link.reached():
+                folder = self._local(uri, where, scratch / name)
+            yield folder
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty folder while the block runs; what a process that was killed in there left goes a day later."""
         root = self._cache / "brought"
         root.mkdir(parents=True, exist_ok=True)
         sweep(root, age=DAY)
-        with TemporaryDirectory(dir=root, prefix=".", suffix=".tmp") as scratch:
-            with self._link.reached():
-                folder = self._local(uri, where, Path(scratch) / name)
-            yield folder
+        with TemporaryDirectory(dir=root, prefix=".", suffix=".tmp") as folder:
+            yield Path(folder)
 
     def look_again(self, folder: Path) -> None:
         """Read whatever is far of a version's folder whole, as `far.look_again`."""
@@ -70,6 +74,12 @@ class Files:
         with self._link.reached():
             uri = self._link.client.get_model_version_download_uri(line, str(version))
             return bool(get_artifact_repository(uri).list_artifacts())
+
+    def names(self, line: str, version: int) -> set[str]:
+        """What lies directly behind a version, by its listing: files and folders."""
+        with self._link.reached():
+            uri = self._link.client.get_model_version_download_uri(line, str(version))
+            return {each.path for each in get_artifact_repository(uri).list_artifacts()}
 
     def sizes(self, line: str, version: int) -> dict[str, int]:
         """Path -> bytes of what lies behind a version, by its listing; {} when there is nothing."""

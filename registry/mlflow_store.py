@@ -4,20 +4,20 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
 
 from registry.files import SIGNATURE
 from registry.mlflow_archives import Archives
 from registry.mlflow_files import Files
 from registry.mlflow_link import MERGE_KEY, Link, missing, quoted, short
+from registry.mlflow_models import begun, ensure, expert_of, found_or_made
 from registry.mlflow_runs import Runs
 from registry.records import ExpertVersion, FoldinError, Refusal
+from registry.serving import STATE
 
 CHAMPION = "champion"
 CANDIDATE = "candidate"  # the version that waits for a person; users do not load it
-STATE = "foldin.state"  # tag of a version: retired, thin; none where all files are there
 
 
 class MlflowStore:
@@ -44,7 +44,7 @@ class MlflowStore:
                     order_by=["version_number ASC"],
                     page_token=token,
                 )
-                found = [self._expert(version) for version in page]
+                found = [expert_of(self._link, version) for version in page]
             yield from found
             token = page.token
             if not token:
@@ -54,7 +54,7 @@ class MlflowStore:
         """One version of a registered model as it is now; None when it was deleted."""
         with self._reached():
             try:
-                return self._expert(self._client.get_model_version(model, str(version)))
+                return expert_of(self._link, self._client.get_model_version(model, str(version)))
             except MlflowException as error:
                 if missing(error):
                     return None
@@ -113,13 +113,15 @@ class MlflowStore:
                 )
             )
 
-    def folder(self, line: str, version: int) -> Path:
+    def folder(self, line: str, version: int, *, fresh: bool = False) -> Path:
         """The local folder with one version's artifacts; verify it against its manifest before use.
+
+        What was brought here before is brought again when it must be `fresh`: as it is stored now.
 
         Raises:
             FoldinError: E_SOURCE when there is nothing at the source.
         """
-        return self.files.version(line, version)
+        return self.files.version(line, version, fresh=fresh)
 
     def aliased(self, line: str) -> set[int]:
         """The versions of a line that any alias names; users may load them."""
@@ -130,11 +132,6 @@ class MlflowStore:
         """Remove the files behind a version; it stays registered, and says so."""
         self.label(line, version, {STATE: "retired"})
         self.files.remove(line, version)
-
-    def thin(self, line: str, version: int, names: Iterable[str]) -> None:
-        """Remove some files behind a version; it says so, and keeps the others."""
-        self.label(line, version, {STATE: "thin"})
-        self.files.drop(line, version, names)
 
     def unlabel(self, line: str, version: int) -> None:
         """Say of a version no more that files of it are missing."""
@@ -156,7 +153,7 @@ class MlflowStore:
     def published(self, line: str, merge_key: str) -> bool:
         """Whether something is finished under a merge key, registered or not yet."""
         with self._reached():
-            return any(str(model.status) == "READY" for model in self._logged_models(line, merge_key))
+            return any(str(model.status) == "READY" for model in begun(self._link, line, merge_key))
 
     def publish(
         self,
@@ -178,7 +175,7 @@ class MlflowStore:
             return registered
         labels = short({MERGE_KEY: merge_key, "foldin.line": line, **tags})
         with self._reached():
-            model = self._logged_model(line, merge_key, run_id, labels)
+            model = found_or_made(self._link, line, merge_key, run_id, labels)
             if str(model.status) != "READY":
                 self.files.upload(model, folder)
                 self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
@@ -189,7 +186,7 @@ class MlflowStore:
             now = int(time.time() * 1000)
             measured = [Metric(key, value, now, 0, model_id=model.model_id) for key, value in metrics.items()]
             self._client.log_batch(run_id, metrics=measured)
-            self._ensure_model(line)
+            ensure(self._link, line)
             version = self._client.create_model_version(
                 line, f"models:/{model.model_id}", run_id, labels, description=description, model_id=model.model_id
             )
@@ -199,7 +196,7 @@ class MlflowStore:
         """Register a folder, and single files beside it, as the next version of a watched model; returns its number."""
         experiment = self._link.experiment(model)
         with self._reached():
-            self._ensure_model(model)
+            ensure(self._link, model)
             made = self._client.create_logged_model(experiment, name=model, tags=dict(tags), model_type="expert")
             self._client.log_model_artifacts(made.model_id, str(folder))
             for path in extra:
@@ -235,46 +232,3 @@ class MlflowStore:
                 if missing(error) or error.error_code == "INVALID_PARAMETER_VALUE":
                     return None
                 raise
-
-    def _expert(self, version: ModelVersion) -> ExpertVersion:
-        model_id = version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else ""
-        status = self._model_status(model_id) if model_id else str(version.status)
-        return ExpertVersion(
-            model=version.name,
-            version=int(version.version),
-            tags=dict(version.tags),
-            model_id=model_id,
-            status=status,
-            created=version.creation_timestamp / 1000,
-        )
-
-    def _model_status(self, model_id: str) -> str:
-        try:
-            return str(self._client.get_logged_model(model_id).status)
-        except MlflowException as error:
-            if missing(error):
-                return "DELETED"
-            raise
-
-    def _ensure_model(self, name: str) -> None:
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-
-    def _logged_models(self, line: str, merge_key: str) -> list[LoggedModel]:
-        """Whatever was begun under a merge key."""
-        query = f"tags.`{MERGE_KEY}` = '{merge_key}'"
-        return list(self._client.search_logged_models([self._link.experiment(line)], filter_string=query))
-
-    def _logged_model(self, line: str, merge_key: str, run_id: str, tags: dict[str, str]) -> LoggedModel:
-        found = self._logged_models(line, merge_key)
-        ready = [model for model in found if str(model.status) == "READY"]
-        if ready:
-            return ready[0]
-        for left in found:  # by a run that died, perhaps on another machine and with other bytes
-            self._client.delete_logged_model(left.model_id)
-        return self._client.create_logged_model(
-            self._link.experiment(line), name=line, source_run_id=run_id, tags=tags, model_type="merged"
-        )

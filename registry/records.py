@@ -10,6 +10,7 @@ from registry.verdicts import Outcome, Verdict
 
 # What the system says of itself when a file cannot be opened or read; it says nothing against the file.
 SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+DAY = 86400.0  # seconds; what is younger and unfinished may be somebody's work
 
 
 class FoldinError(Exception):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from registry.files import MANIFEST, read_json
 
+STATE = "foldin.state"  # tag of a version: retired, thin; none where all files are there
+
 
 def is_serving(name: str) -> bool:
     """Whether a file of a version, by its path, holds serving weights: no head, no state."""

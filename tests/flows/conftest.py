@@ -22,15 +22,17 @@ from flows.admission import Admitted
 from flows.config import LineConfig, load
 from flows.fitting import Fit, fit
 from flows.kinds import kinds_of
+from flows.memory import Memory
 from flows.passes import Serving, fold_state, materialise, stats_after
 from flows.plan import Plan
 from flows.planning import make_plan
 from flows.serve import temporary_prefect
-from flows.versions import Memory, Version
+from flows.versions import Version
 from flows.wiring import house
 from registry import intake
 from registry.files import hash_tree
 from registry.weights import Checkpoint
+from tests.flows.forging import Forge
 
 
 @contextmanager
@@ -68,6 +70,14 @@ def prefect(tmp_path_factory, empty):
     shutil.copyfile(empty, folder / "prefect.db")
     with serving(folder) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def forge(tmp_path_factory, prefect):
+    """One forge for all tests of a file; what it imports must find the Prefect server named."""
+    found = Forge(tmp_path_factory.mktemp("forge"))
+    yield found
+    found.close()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from flows.config import load
 from flows.doctor import examine
 from flows.reading import log, show, status
 from flows.serve import prefect_server
+from flows.versions import STATE_FOLDER
 from flows.wiring import artifact_root, house, tracking_uri
 from registry.records import FoldinError
 from registry.verdicts import Outcome
@@ -177,9 +178,9 @@ def test_a_decision_is_taken_once(desk, zoo, capsys):
 def test_a_damaged_candidate_can_be_rejected_and_not_approved(desk, zoo):
     desk.register(zoo / "expert-1", "task-1")
     desk.watch()
-    weights = desk.at.mlflow.folder("tiny", 2) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(FoldinError, match=r"E_DIGEST .*model\.safetensors"):
+    state = next((desk.at.mlflow.folder("tiny", 2) / STATE_FOLDER).glob("*.safetensors"))
+    state.write_bytes(state.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(FoldinError, match=r"E_DIGEST .*file foldin/state/"):
         desk.decide("approve", 2)
     assert (desk.champion, desk.states, desk.kinds) == (1, ["pending"], ["init", "waiting"])
     desk.decide("reject", 2)
@@ -356,9 +357,9 @@ def test_an_approval_that_was_overtaken_by_a_rollback_moves_nothing(desk, zoo, m
 
     original = approval.verified
 
-    def rolled_back_meanwhile(*arguments):
+    def rolled_back_meanwhile(*arguments, **keywords):
         desk.rollback(1)
-        return original(*arguments)
+        return original(*arguments, **keywords)
 
     monkeypatch.setattr(approval, "verified", rolled_back_meanwhile)
     with pytest.raises(FoldinError, match="E_FENCED"):

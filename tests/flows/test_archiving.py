@@ -10,8 +10,9 @@ from experiments.plain_client import register_expert
 from flows.archives import archive_of, archives, opened
 from flows.archiving import _tags, archive
 from flows.doctor import check_line
+from flows.memory import Folded, Memory
 from flows.restoring import Record, restored
-from flows.versions import Folded, Memory, open_version
+from flows.versions import open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry.files import MANIFEST, hash_tree, read_json, write_manifest
 from registry.records import FoldinError

@@ -1,12 +1,15 @@
 """foldin gc: what goes, what never goes, and that nothing breaks when it is gone."""
 
 import json
+import os
+import signal
 
 import pytest
 
 from experiments.plain_client import register_expert
 from flows.collecting import Keep, collectable, needed, stored_of
 from flows.doctor import examine
+from flows.memory import STATE_FILE
 from flows.versions import open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry.records import FoldinError
@@ -60,6 +63,32 @@ def test_old_versions_lose_their_files_and_nothing_that_is_needed_does(toml, ver
     code, _, said = verb("rollback", "tiny", "--to", 2, "--because", "x")
     assert (code, "E_RETIRED tiny v2" in said) == (1, True)
     assert "v2  + task-1  (tiny-experts v1), retired" in verb("log", "tiny")[1]
+
+
+def test_copies_stay_while_a_version_does_not_say_which_it_holds(toml, forge):
+    at = house(str(toml))
+    unheld = at.experts / "ab" / ("ab" * 32)
+    unheld.mkdir(parents=True)
+    os.utime(unheld, (0, 0))
+
+    def listed():
+        return [each.name for each in collectable(at, "tiny", Keep(5, 5), stored_of(at, "tiny")) if each.kind == "copy"]
+
+    assert listed() == [str(unheld)]
+    memory = at.mlflow.folder("tiny", 5) / STATE_FILE
+    content = memory.read_bytes()
+    for damage in (memory.unlink, lambda: memory.write_text("{")):
+        damage()
+        assert listed() == []
+    memory.write_bytes(content)
+    point = ("registry.mlflow_files", "Files.single", "after", 1)
+    assert forge.life(toml.parent, signal.SIGKILL, point, ("gc", "tiny"))[1] == -signal.SIGKILL
+    (left,) = (at.config.home / "downloads/brought").glob(".*.tmp")
+    assert list(at.config.home.glob("tmp*")) == []
+    os.utime(left, (0, 0))
+    assert listed() == [str(unheld)]
+    assert not left.exists()
+    unheld.rmdir()
 
 
 @pytest.mark.chaos

@@ -356,7 +356,8 @@ def test_experts_in_other_dtypes_are_folded_at_their_own_precision(zoo, bare_lin
 
 def test_a_quantised_expert_is_refused(zoo, bare_line, tmp_path):
     from flows.admission import _check_config
-    from flows.versions import Memory, Version
+    from flows.memory import Memory
+    from flows.versions import Version
     from registry import intake
 
     expert = shutil.copytree(zoo / "expert-1", tmp_path / "expert")

@@ -17,9 +17,15 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server_folder(tmp_path_factory):
+    """Where the server keeps the artifacts; nobody else may look there."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="module")
+def server(server_folder):
     """The URL of an MLflow server that keeps the artifacts itself."""
-    folder = tmp_path_factory.mktemp("mlflow")
+    folder = server_folder
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,6 +50,28 @@ def server(tmp_path_factory):
         process.terminate()
 
 
+def check_damage(server, server_folder, workshop, verb):
+    """What counts of the base is what the server stores, not the good copy of it that was brought here."""
+    source = mlflow.MlflowClient(server, server).get_model_version("tiny", "1").source
+    (stored,) = server_folder.rglob(f"{source.removeprefix('models:/')}/artifacts/model.safetensors")
+    brought = workshop / ".foldin/downloads/versions/tiny/1/model.safetensors"
+    assert verb("show", "tiny", 1)[0] == 0
+    good = stored.read_bytes()
+    assert brought.read_bytes() == good
+    stored.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert "E_DIGEST" in verb("--quiet", "doctor")[1]
+    brought.write_bytes(good)
+    code, out, said = verb("gc", "tiny", "--keep", 0, "--yes", "--json")
+    facts = json.loads(out)
+    assert (code, facts["versions"]["3"]["files"], list(facts["left"])) == (0, "whole", ["3", "4"]), said
+    assert "nothing gives its weights back: E_DIGEST" in facts["left"]["3"]
+    verb("show", "tiny", 1)
+    brought.write_bytes(good)
+    code, _, said = verb("rollback", "tiny", "--to", 1, "--because", "a test")
+    assert (code, "E_DIGEST" in said) == (1, True)
+    stored.write_bytes(good)
+
+
 def check_thinning(workshop, verb):
     """Version 3, which is not the champion now, gives its weights up and has them back, over HTTP, signed as it was."""
     whole, brought = json.loads(verb("gc", "tiny", "--json")[1]), workshop / ".foldin/downloads/versions/tiny/3"
@@ -54,14 +82,14 @@ def check_thinning(workshop, verb):
     assert not (brought / "model.safetensors").exists()
     shutil.copytree(brought, workshop / "aside")
     assert verb("rollback", "tiny", "--to", 3, "--because", "a test")[0] == 0
-    assert json.loads(verb("gc", "tiny", "--json")[1])["versions"] == whole["versions"]
+    assert json.loads(verb("gc", "tiny", "--json")[1])["versions"]["3"] == whole["versions"]["3"]
     shutil.rmtree(brought)
     shutil.move(workshop / "aside", brought)  # another machine brought it while it was thin
     assert verb("doctor")[0] == 0
     assert (brought / "model.safetensors").exists()
 
 
-def test_the_whole_loop_through_the_command_line(server, workshop, zoo, verbs, write_key):
+def test_the_whole_loop_through_the_command_line(server, server_folder, workshop, zoo, verbs, write_key):
     toml = workshop / "foldin.toml"
     text = toml.read_text().replace("[registry]\n", f'[registry]\ntracking_uri = "{server}"\n')
     toml.write_text(text + '[lines.tiny.signing]\nkey = "own.pem"\nversions = ["own.pub"]\n')
@@ -83,6 +111,7 @@ def test_the_whole_loop_through_the_command_line(server, workshop, zoo, verbs, w
     assert verb("rollback", "tiny", "--because", "a test")[:2] == (0, "tiny: v3 -> v2\n")
     assert [expert["task"] for expert in json.loads(verb("show", "tiny", "--json")[1])["experts"]] == ["task-1"]
     assert verb("doctor")[0] == 0
+    check_damage(server, server_folder, workshop, verb)
     check_thinning(workshop, verb)
     mlflow.set_tracking_uri(server)
     mlflow.artifacts.download_artifacts("models:/tiny/3", dst_path=str(workshop / "downloaded"))

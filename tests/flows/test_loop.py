@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.plain_client import champion, move_alias, register_expert
-from flows import versions
+from flows import memory, versions
 from flows.archives import archives
 from flows.archiving import archive
 from flows.faults import blamed
-from flows.versions import STATE_FILE, STATE_FORMAT, open_version
+from flows.memory import STATE_FILE, STATE_FORMAT
+from flows.versions import open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry import weights
 from registry.files import hash_tree, read_json
@@ -161,13 +162,13 @@ def test_rollback_verifies_its_target_and_leaves_the_champion_when_it_is_damaged
     for number in (1, 2):
         register(at, zoo / f"expert-{number}", f"task-{number}")
     look(at)
-    weights = open_version(at, "tiny", 2).folder / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(FoldinError, match=r"E_DIGEST .*model\.safetensors"):
+    state = next((open_version(at, "tiny", 2).folder / versions.STATE_FOLDER).glob("*.safetensors"))
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(FoldinError, match=r"E_DIGEST .*file foldin/state/"):
         rollback("tiny", "a test", 2, "ann", config)
     assert seen(at) == 3
-    weights.write_bytes(whole)
+    state.write_bytes(whole)
     assert rollback("tiny", "a test", None, "ann", config) == {"from": 3, "to": 2}
     assert seen(at) == 2
     assert [(e.kind, e.who, e.because) for e in at.ledger.events("tiny")][-1] == ("rollback", "ann", "a test")
@@ -535,7 +536,7 @@ def test_a_memory_in_another_format_is_refused_and_blocks_nothing_else(at, zoo, 
     look(at)
     register(at, zoo / "expert-1", "task-1")
     assert read_json(open_version(at, "tiny", 1).folder / STATE_FILE)["format"] == STATE_FORMAT
-    monkeypatch.setattr(versions, "STATE_FORMAT", STATE_FORMAT + 1)
+    monkeypatch.setattr(memory, "STATE_FORMAT", STATE_FORMAT + 1)
     found = f"Expected format {STATE_FORMAT + 1}. Found format {STATE_FORMAT}. Start a new line"
     with pytest.raises(FoldinError, match=rf"E_FORMAT tiny v1, file foldin/state.json: .* {found}"):
         look(at)

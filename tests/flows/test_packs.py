@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from flows import packs
 from flows.archives import SAID, Archive
 from flows.archiving import _copy_files
+from flows.memory import Memory
 from flows.packs import counterparts, pack_all
 from flows.restoring import FILES, Record, write_restored
-from flows.versions import Memory, Version
+from flows.versions import Version
 from registry.records import FoldinError
 from registry.weights import Checkpoint
 

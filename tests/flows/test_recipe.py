@@ -3,8 +3,8 @@
 import pytest
 
 from flows.config import LineConfig
+from flows.memory import Memory
 from flows.recipe import Recipe, recipe_of, strength
-from flows.versions import Memory
 from merging import METHODS
 
 

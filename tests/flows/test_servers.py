@@ -10,7 +10,8 @@ from experiments.plain_client import register_expert
 from flows.config import load
 from flows.doctor import examine
 from flows.stack import servers
-from flows.versions import open_version
+from flows.thinning import rebuilt
+from flows.versions import STATE_FOLDER, open_version
 from flows.wiring import house
 from registry import database, far
 from registry.files import hash_tree, sha256_file
@@ -139,7 +140,30 @@ def test_old_weights_leave_the_store_and_come_back(toml, zoo, verbs):
 
 
 @pytest.mark.chaos
-def test_exchanged_weights_are_found_and_never_rolled_back_to(toml, zoo, verbs):
+def test_a_state_that_was_exchanged_is_found_though_its_tensors_are_kept_here(toml, zoo, verbs):
+    path, line = toml
+    path.write_text(path.read_text().replace("cache = 0.0", "cache = 1.0"))
+    folded(path, line, zoo, 1, 2)
+    at, store = house(str(path)), Objects()
+    uri = at.mlflow._client.get_model_version_download_uri(line, "2")
+    state = next(name for name in store.below(uri) if name.startswith(STATE_FOLDER) and name.endswith(".safetensors"))
+    was = store.head(f"{uri}/{state}")
+    content = store.read(was, 0, was.size)
+    content[-1] ^= 1
+    spoilt = at.config.folder / "spoilt"
+    spoilt.write_bytes(content)
+    store.upload(spoilt, f"{uri}/{state}")
+    with rebuilt(at, line, open_version(at, line, 1), open_version(at, line, 2)):
+        pass  # what is kept here gives the weights all the same
+    code, out, _ = verbs(path)("gc", line, "--keep", 0, "--yes", "--json")
+    left = json.loads(out)["left"]
+    assert (code, list(left)) == (0, ["2"])
+    assert "E_DIGEST" in left["2"]
+    assert "model.safetensors" in store.below(uri)
+
+
+@pytest.mark.chaos
+def test_exchanged_weights_are_found_and_made_again_by_a_rollback(toml, zoo, verbs):
     path, line = toml
     folded(path, line, zoo, 1, 2)
     at, store = house(str(path)), Objects()
@@ -153,8 +177,10 @@ def test_exchanged_weights_are_found_and_never_rolled_back_to(toml, zoo, verbs):
     store.upload(spoilt, f"{uri}/model.safetensors")
     assert [(each.code, each.file) for each in examine(at)] == [("E_DIGEST", "model.safetensors")]
     code, _, said = verbs(path)("rollback", line, "--to", 2, "--because", "a test")
-    assert (code, "E_DIGEST" in said) == (1, True)
-    assert alias(at.config.registry.tracking_uri, line) == 3
+    assert (code, f"{line} v2: its weights are made again" in said) == (0, True)
+    at = house(str(path))
+    assert alias(at.config.registry.tracking_uri, line) == 2
+    assert examine(at) == []
 
 
 @pytest.mark.chaos

@@ -7,13 +7,14 @@ import pytest
 
 from experiments.plain_client import champion as alias
 from experiments.plain_client import move_alias, register_expert
+from flows import collecting
 from flows.collecting import Keep, collect, collectable, stored_of
 from flows.doctor import examine
+from flows.memory import Memory
 from flows.thinning import read_again
-from flows.versions import STATE_FOLDER, Memory, Version, open_version
+from flows.versions import STATE_FOLDER, Version, open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry.files import hash_tree, sha256_file
-from registry.mlflow_files import Files
 from registry.records import FoldinError
 from registry.weights import Checkpoint
 
@@ -100,6 +101,7 @@ def test_old_weights_go_and_everything_else_stays(at, toml, verbs):
     assert "thin: made again from base and state" in verb("show", "tiny", 2)[1]
     code, _, said = verb("diff", "tiny", 2, 5)
     assert (code, "E_THIN version 2: the serving weights were given up" in said) == (1, True)
+    assert "foldin gc tiny --restore 2" in said
     history = verb("--quiet", "log", "tiny", "--json")[1]
     house(str(toml)).ledger.close()
     for path in (toml.parent / ".foldin").glob("ledger.db*"):
@@ -205,47 +207,51 @@ def test_nothing_is_given_up_while_the_base_is_damaged(at):
     assert weights_of(at, 2).exists()
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: no cleaning up of ours looks at it."""
-
-
-def killed(*arguments):
-    raise Killed
-
-
-def test_thinning_that_was_cut_off_is_ended_by_the_next_run(at, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(Files, "drop", killed)
-        with pytest.raises(Killed):
-            collect(at, "tiny", POLICY, "room", "ann")
-    assert kinds(at)[-1] == "thinned"
-    assert weights_of(at, 2).exists()
-    assert examine(at) == []
-    items, left = collect(at, "tiny", POLICY, "room", "ann")
-    assert ([each.version for each in items if each.kind == "weights"], left) == ([2, 3], {})
-    assert kinds(at)[-2:] == ["thinned", "thinned"]  # each once
-    assert not weights_of(at, 2).exists()
-
-
-@pytest.mark.parametrize("step", ["half a file", "unlabel", "remark"])
-def test_restoring_that_was_cut_off_is_ended_by_the_next_run(at, toml, thinned, monkeypatch, step):
-    def half(files, model, path, name):
-        weights_of(at, 3).write_bytes(path.read_bytes()[:1000])
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        if step == "half a file":
-            patch.setattr(Files, "_send", half)
-        else:
-            patch.setattr(at.ledger if step == "remark" else at.mlflow, step, killed)
-        with pytest.raises(Killed):
-            rolled_back(toml, 3)
-    assert weights_of(at, 3).exists()
-    assert examine(at) == []
+def test_damaged_weights_are_made_again_by_a_rollback_whatever_the_ledger_calls_them(at, toml):
+    before = hash_tree(at.mlflow.folder("tiny", 3))
+    content = bytearray(weights_of(at, 3).read_bytes())
+    content[-1] ^= 1
+    weights_of(at, 3).write_bytes(content)
+    (told,) = examine(at)
+    assert (told.code, told.remedy) == ("E_DIGEST", "run `foldin gc tiny --restore 3`; it makes it again")
     assert rolled_back(toml, 3) == {"from": 5, "to": 3}
-    assert hash_tree(at.mlflow.folder("tiny", 3)) == thinned[3]
-    assert kinds(at).count("restored") == 1
-    assert not list(at.work("tiny").glob("rebuilt-*"))
+    assert hash_tree(at.mlflow.folder("tiny", 3)) == before
+    assert kinds(at)[-2:] == ["restored", "rollback"]
+    assert examine(at) == []
+    weights_of(at, 1).unlink()
+    with pytest.raises(FoldinError, match=r"E_DIGEST .*file model.safetensors"):
+        rolled_back(toml, 1)
+    assert at.ledger.line("tiny").champion == 3
+
+
+@pytest.mark.parametrize(("step", "keep"), [("_old_versions", Keep(0, 0)), ("_old_weights", Keep(0, 100))])
+def test_an_alias_that_comes_while_a_version_is_about_to_go_keeps_it(at, monkeypatch, step, keep):
+    found = getattr(collecting, step)
+
+    def named_meanwhile(*arguments):
+        items = found(*arguments)
+        at.mlflow._client.set_registered_model_alias("tiny", "pinned", "3")
+        return items
+
+    monkeypatch.setattr(collecting, step, named_meanwhile)
+    before = hash_tree(at.mlflow.folder("tiny", 3))
+    items, left = collect(at, "tiny", keep, "room", "ann")
+    assert [each.version for each in items if each.version] == [2, 4]
+    assert left.keys() == {3}
+    assert "E_ALIAS tiny v3: an alias names the version" in left[3]
+    assert hash_tree(at.mlflow.folder("tiny", 3)) == before
+    assert examine(at) == []
+
+
+def test_an_alias_on_a_thin_version_gives_it_its_weights_back_with_the_next_watch(at, toml, thinned):
+    from flows.watch import watch
+
+    at.mlflow._client.set_registered_model_alias("tiny", "pinned", "2")
+    assert [(each.code, each.where) for each in examine(at)] == [("E_THIN", "tiny v2")]
+    watch("tiny", str(toml))
+    assert hash_tree(at.mlflow.folder("tiny", 2)) == thinned[2]
+    assert not weights_of(at, 3).exists()
+    assert examine(at) == []
 
 
 def test_an_alias_keeps_a_version_whole_and_the_doctor_tells_of_one_that_came_too_late(at):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from registry.lineage import ancestry, open_moves, parents_of, tree
+from registry.lineage import Extent, ancestry, extents, open_moves, parents_of, tree
 from registry.records import Event, Expert, ExpertState, Merge
 from registry.verdicts import Outcome, Verdict
 
@@ -64,3 +64,15 @@ def test_the_newest_move_and_the_older_ones_whose_alias_was_never_seen():
     first, late, blocked, newest = move(1, 1), move(2, 2, done=False), move(3, None), move(4, 1, done=False)
     assert open_moves([first, late, blocked, newest]) == (newest, [late])
     assert open_moves([blocked]) == (None, [])
+
+
+def test_what_is_kept_of_a_version_is_what_was_said_last_and_what_is_retired_stays_so():
+    said = [
+        ("thinned", "v2: room"),
+        ("rollback", "v2: why"),
+        ("thinned", "v3: v2: room"),
+        ("restored", "v2: asked for"),
+    ]
+    assert extents(said) == {2: Extent.WHOLE, 3: Extent.THIN}
+    said += [("retired", "v3: old"), ("restored", "v3: too late")]
+    assert extents(said) == {2: "whole", 3: "retired"}
