@@ -4,14 +4,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-
-from prefect import task
-from prefect.cache_policies import NO_CACHE
+from typing import TYPE_CHECKING
 
 from flows.admission import Admitted
 from flows.folding import Candidate
 from flows.scoring import GATE, Bench, Rows, Subject, Task, known_tasks, score, task_of
+from flows.steps import step
 from flows.telling import bar
 from flows.versions import Version, bests
 from registry.files import shown
@@ -21,7 +19,6 @@ from registry.verdicts import Report, TaskScore, Try, Verdict
 if TYPE_CHECKING:
     from evaluation.gate import Fold, Rules
 
-POLICY: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}  # the ledger decides what is done
 Rung = Callable[["Contest", Candidate], tuple[Verdict, Report, Report]]  # verdict, candidate's report, champion's
 
 
@@ -83,7 +80,7 @@ def climb(at: Contest, candidate: Candidate) -> Judged:
     return Judged(candidate, verdict, report, champion, seconds=seconds)
 
 
-@task(name="free rung", **POLICY)
+@step("free rung")
 def free_rung(at: Contest, candidate: Candidate) -> tuple[Verdict, Report, Report]:
     """What the fold itself says of the expert; nothing is measured."""
     from evaluation.gate import free
@@ -92,7 +89,7 @@ def free_rung(at: Contest, candidate: Candidate) -> tuple[Verdict, Report, Repor
     return free(fold_of(candidate), at.rules), empty, Report(at.parent.memory.weights_sha256, {})
 
 
-@task(name="canary", **POLICY)
+@step("canary")
 def canary_rung(at: Contest, candidate: Candidate) -> tuple[Verdict, Report, Report]:
     """Whether the expert learnt its task, and a sample of every task that the champion knows."""
     from evaluation.gate import canary
@@ -103,7 +100,7 @@ def canary_rung(at: Contest, candidate: Candidate) -> tuple[Verdict, Report, Rep
     return canary(report, champion, at.rules), report, champion
 
 
-@task(name="full rung", **POLICY)
+@step("full rung")
 def full_rung(at: Contest, candidate: Candidate) -> tuple[Verdict, Report, Report]:
     """Every example of every task."""
     from evaluation.gate import gate

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import flow, task
+from prefect import flow
 from prefect.exceptions import TerminationSignal
 
 from flows import showing
@@ -21,7 +21,7 @@ from flows.config import LineConfig
 from flows.emitting import emitted
 from flows.faults import is_out_of_memory, refused_by_system
 from flows.folding import Candidate, fold
-from flows.judging import POLICY, Judged, climb, contest
+from flows.judging import Judged, climb, contest
 from flows.leasing import held
 from flows.notifying import notify
 from flows.publishing import show_try
@@ -30,6 +30,7 @@ from flows.recording import recorded, registered
 from flows.scoring import Bench
 from flows.search import search, wanted
 from flows.starting import check_settings
+from flows.steps import step
 from flows.telling import bar, say
 from flows.waiting import stands_still
 from flows.wiring import House, house
@@ -144,7 +145,7 @@ def settle(at: House, lease: Lease, expert: Expert, state: ExpertState, code: st
     return {"expert": expert.name, "state": str(state), "reason": reason, "version": None}
 
 
-@task(name="admit", **POLICY)
+@step("admit")
 def admit_expert(work: Work) -> Admitted | Refusal:
     """The expert's own copy with every file and tensor looked at, or why it may not be folded."""
     admitted = admit(work.house, work.settings, work.base, work.expert, work.found)
@@ -162,7 +163,7 @@ def admit_expert(work: Work) -> Admitted | Refusal:
     )
 
 
-@task(name="fold", **POLICY)
+@step("fold")
 def fold_tensors(work: Work, admitted: Admitted, recipe: Recipe) -> Candidate | Refusal:
     """The candidate, folded tensor by tensor, or why that cannot be; what earlier merges left behind is removed."""
     scratch = work.scratch(admitted)
@@ -211,7 +212,7 @@ def took(seconds: Mapping[str, float]) -> str:
     return f"{sum(seconds.values()):.1f} s ({parts})"
 
 
-@task(name="register", **POLICY)
+@step("register")
 def conclude(work: Work, admitted: Admitted, judged: Judged) -> dict[str, Any]:
     """Record the verdict; register and promote what passed, show and drop what did not."""
     at, lease, expert, candidate = work.house, work.lease, work.expert, judged.candidate

@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from prefect import task
-
 from flows.folding import Candidate, read_with
-from flows.judging import POLICY, Contest, Judged, both, climb, served, timed, with_expert
+from flows.judging import Contest, Judged, both, climb, served, timed, with_expert
 from flows.recipe import Recipe
 from flows.scoring import TUNE, Subject, Task
+from flows.steps import step
 from flows.telling import say
 from registry.files import read_json, write_json
 from registry.records import FoldinError
@@ -79,7 +78,7 @@ class Found(NamedTuple):
     told: str  # in a clause
 
 
-@task(name="search", **POLICY)
+@step("search")
 def search(at: Contest, judged: Judged, configured: Recipe, scratch: Path, refold: Refold, show: Shown) -> Judged:
     """What is judged after a search: the best way found, if the gate lets it pass; else what was judged before.
 
