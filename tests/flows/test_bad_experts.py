@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -36,9 +37,14 @@ def look(at):
     return watch("tiny", str(at.config.folder / at.config.file))
 
 
+def client_of(at):
+    mlflow.set_tracking_uri(tracking_uri(at.config))  # by which MLflow finds what models:/m-… names
+    return MlflowClient()
+
+
 def register(at, folder, tags, *, status="READY", model="tiny-experts"):
     """The number of a new version, and the folder its files are in, as a client makes it that knows only MLflow."""
-    client = MlflowClient(tracking_uri(at.config), tracking_uri(at.config))
+    client = client_of(at)
     experiment = client.get_experiment_by_name("teams")
     number = experiment.experiment_id if experiment else client.create_experiment("teams")
     made = client.create_logged_model(number, name="expert")
@@ -393,7 +399,7 @@ def test_a_logged_model_that_was_deleted_does_not_stop_the_line(at, zoo, seen):
     register(at, zoo / "expert-1", {"foldin.task": "task-1"}, status="")
     if seen:
         assert look(at) == []
-    client = MlflowClient(tracking_uri(at.config), tracking_uri(at.config))
+    client = client_of(at)
     client.delete_logged_model(client.get_model_version("tiny-experts", "1").source.removeprefix("models:/"))
     register(at, zoo / "expert-2", {"foldin.task": "task-2"})
     first, second = look(at)
@@ -408,7 +414,7 @@ def enrolled(at, folder, task="task-1"):
     """Register an expert that a watch has seen and could not fold yet."""
     number, stored = register(at, folder, {"foldin.task": task}, status="")
     assert look(at) == []
-    client = MlflowClient(tracking_uri(at.config), tracking_uri(at.config))
+    client = client_of(at)
     client.finalize_logged_model(
         client.get_model_version("tiny-experts", str(number)).source[len("models:/") :], "READY"
     )

@@ -34,7 +34,7 @@ def look(at):
 def failing(what):
     """A stand-in for a call that needs an MLflow which is away."""
 
-    def call(*arguments):
+    def call(*arguments, **named):
         raise FoldinError(Refusal("E_MLFLOW", what))
 
     return call

@@ -24,6 +24,7 @@ def store(s3, monkeypatch, tmp_path):
     made = Objects(s3.url, parts=4, part_bytes=2**20, timeout=5.0)
     monkeypatch.setattr(far, "store", lambda: made)
     monkeypatch.setattr(far, "SMALL", 1024)
+    monkeypatch.setattr(ranged, "_near", None)
     far.trust(tmp_path)
     return made
 
@@ -136,10 +137,9 @@ def test_a_flipped_bit_on_the_way_is_noticed_and_the_tensor_asked_for_again(stor
         opened["a"]
 
 
-def test_what_was_read_once_is_near_and_damage_there_is_read_again(store, s3, folder, tmp_path, monkeypatch):
+def test_what_was_read_once_is_near_and_damage_there_is_read_again(store, s3, folder, tmp_path):
     put(store, folder, at(s3, "v1"))
     mirror(at(s3, "v1"), tmp_path / "v1", tmp_path / "seen")
-    monkeypatch.setattr(ranged, "_near", None)  # put back afterwards
     ranged.keep_near(tmp_path / "near", 10**6)
     first = {name: tensor.clone() for name, tensor in Checkpoint.open(tmp_path / "v1").items()}
     again = Checkpoint.open(tmp_path / "v1")
