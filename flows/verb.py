@@ -52,7 +52,7 @@ def prefect_for(options: dict[str, Any], lines: Sequence[str], *, check: bool = 
 
         for line, each in checked.items():
             check_settings(each, line)
-        house(str(options["config_file"]))
+        _ = house(str(options["config_file"])).mlflow  # imports for seconds, which the server needs to start too
 
     busy("starting Prefect")
     with temporary_prefect(config, meanwhile):
