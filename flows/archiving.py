@@ -27,7 +27,7 @@ from flows.versions import Version, open_version
 from flows.wiring import House
 from registry import intake
 from registry.far import far_files, names_in
-from registry.files import SIGNATURE, Place, hash_tree, write_json, write_manifest
+from registry.files import SIGNATURE, Place, bytes_here, hash_tree, write_json, write_manifest
 from registry.records import FoldinError, Lease, Refusal
 from registry.store import tree_sha256
 
@@ -225,5 +225,4 @@ def _copy_files(source: Path, target: Path) -> None:
 
 def _bytes(folder: Path) -> int:
     """Of a folder's files, here and far."""
-    here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return here + sum(each.size for each in far_files(folder).values())
+    return bytes_here(folder) + sum(each.size for each in far_files(folder).values())

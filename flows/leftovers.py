@@ -10,6 +10,7 @@ from flows.memory import STATE_FILE, Memory
 from flows.versions import with_files
 from flows.wiring import House
 from registry.far import note_far
+from registry.files import bytes_here
 from registry.records import DAY, ExpertState, FoldinError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def _downloads(house: House, line: str) -> Iterator[Item]:
     champion = house.ledger.line(line).champion
     for folder in sorted((house.config.home / "downloads/versions" / line).glob("*")):
         if folder.is_dir() and folder.name != str(champion):
-            yield Item("download", str(folder), _bytes(folder), "MLflow has it")
+            yield Item("download", str(folder), bytes_here(folder), "MLflow has it")
 
 
 def _copies(house: House) -> Iterator[Item]:
@@ -55,7 +56,7 @@ def _copies(house: House) -> Iterator[Item]:
             held |= {each.tree_sha256 for each in memory.experts}
     for folder in sorted(house.experts.glob("[0-9a-f][0-9a-f]/*")):
         if folder.is_dir() and folder.name not in held and _is_old(folder.stat().st_mtime):
-            yield Item("copy", str(folder), _bytes(folder), "no version with files holds it")
+            yield Item("copy", str(folder), bytes_here(folder), "no version with files holds it")
 
 
 def _memory(house: House, line: str, version: int) -> Memory | None:
@@ -102,7 +103,3 @@ def remove(house: House, item: Item) -> None:
     folder.rename(scratch)
     shutil.rmtree(scratch, ignore_errors=True)
     note_far(folder, {})
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -201,6 +201,11 @@ def sweep(folder: Path, age: float = 0.0) -> list[str]:
     return [orphan.name for orphan in orphans]
 
 
+def bytes_here(folder: Path) -> int:
+    """Bytes of the files that lie in a folder, at any depth."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def canonical_json(value: object) -> bytes:
     """The one spelling of a JSON value: sorted keys, indent 1, newline at the end, UTF-8."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()

@@ -154,6 +154,22 @@ def kept():
     return keeping
 
 
+@pytest.fixture
+def reopened(toml):
+    """The house of the file's `toml`, as a process sees it that has just started."""
+    house.cache_clear()
+    found = house(str(toml))
+    yield found
+    house(str(toml)).ledger.close()
+
+
+@pytest.fixture
+def undone(reopened):
+    """The same; what a test does to it is undone."""
+    with keeping(reopened):
+        yield reopened
+
+
 @pytest.fixture(scope="session")
 def write_key():
     """A function that writes a private key in PEM, and its public half beside it, as path with the suffix .pub."""

@@ -58,11 +58,8 @@ def toml(made):
 
 
 @pytest.fixture
-def at(toml):
-    house.cache_clear()
-    found = house(str(toml))
-    yield found
-    found.ledger.close()
+def at(reopened):
+    return reopened
 
 
 def replayed(toml, **wanted):

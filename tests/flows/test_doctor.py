@@ -47,11 +47,8 @@ def toml(tmp_path_factory, furnish, prefect, zoo):
 
 
 @pytest.fixture
-def at(toml):
-    house.cache_clear()
-    found = house(str(toml))
-    yield found
-    found.ledger.close()
+def at(reopened):
+    return reopened
 
 
 def told(at):

@@ -45,6 +45,7 @@ def refused(found, code, *says):
     assert isinstance(found, Refusal)
     assert found.code == code
     assert all(each in str(found) for each in says), str(found)
+    return found
 
 
 # absent and tied tensors
@@ -130,7 +131,7 @@ def test_two_second_names_without_the_first_are_one_weight_or_none(bare_line, tm
 def test_tied_tensors_with_other_values_are_refused(tied, bare_line, tmp_path):
     base, expert = tied
     torn = edited(expert, tmp_path / "torn", lambda tensors: tensors.update({HEAD: tensors[TOKENS] + 1}))
-    refused(bare_line(base).fit(torn), "E_SCHEMA", f"tensor {HEAD}", f"tied to {TOKENS}", "other values")
+    assert refused(bare_line(base).fit(torn), "E_SCHEMA", f"tensor {HEAD}", f"tied to {TOKENS}", "other values")
 
 
 # vocabularies
@@ -212,9 +213,13 @@ def test_a_base_without_a_tokenizer_cannot_take_another_vocabulary(zoo, bare_lin
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
         (bare / name).unlink(missing_ok=True)
         (expert / name).unlink(missing_ok=True)
-    refused(bare_line(zoo / "base").fit(expert), "E_VOCABULARY", "expert expert", WORDS, "the tokenizer is missing")
-    refused(bare_line(bare).fit(expert), "E_VOCABULARY", WORDS, "the tokenizer is missing")
-    refused(bare_line(bare).fit(with_words(zoo / "base", tmp_path / "full", (*KNOWN, "new"))), "E_VOCABULARY", WORDS)
+    assert refused(
+        bare_line(zoo / "base").fit(expert), "E_VOCABULARY", "expert expert", WORDS, "the tokenizer is missing"
+    )
+    assert refused(bare_line(bare).fit(expert), "E_VOCABULARY", WORDS, "the tokenizer is missing")
+    assert refused(
+        bare_line(bare).fit(with_words(zoo / "base", tmp_path / "full", (*KNOWN, "new"))), "E_VOCABULARY", WORDS
+    )
 
 
 def test_an_expert_without_a_tokenizer_has_the_bases(zoo, bare_line, tmp_path):
@@ -282,17 +287,19 @@ def test_tokenizers_are_the_same_when_a_file_of_both_says_so(tmp_path, base, exp
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(zoo, bare_line, tmp_path):
     expert = with_words(zoo / "base", tmp_path / "expert", ("new", *KNOWN), rows=12)
-    refused(bare_line(zoo / "base").fit(expert), "E_VOCABULARY", WORDS, "more tokens than the tensor has rows", "12")
+    assert refused(
+        bare_line(zoo / "base").fit(expert), "E_VOCABULARY", WORDS, "more tokens than the tensor has rows", "12"
+    )
 
 
 def test_a_strangers_vocabulary_is_refused(zoo, bare_line, tmp_path):
     expert = with_words(zoo / "base", tmp_path / "expert", [f"word{number}" for number in range(12)])
-    refused(bare_line(zoo / "base").fit(expert), "E_VOCABULARY", WORDS, "more than half of the base's tokens")
+    assert refused(bare_line(zoo / "base").fit(expert), "E_VOCABULARY", WORDS, "more than half of the base's tokens")
 
 
 def test_another_width_is_no_other_vocabulary(zoo, bare_line, tmp_path):
     expert = edited(zoo / "base", tmp_path / "wide", lambda tensors: tensors.update({WORDS: torch.zeros(17, 33)}))
-    refused(bare_line(zoo / "base").fit(expert), "E_SCHEMA", WORDS)
+    assert refused(bare_line(zoo / "base").fit(expert), "E_SCHEMA", WORDS)
 
 
 def test_rows_that_the_expert_lacks_are_not_rounded_to_its_dtype(zoo, bare_line, tmp_path):
@@ -326,7 +333,7 @@ def test_a_head_is_kept_aside_and_the_prefix_taken_off(zoo, bare_line, tmp_path)
     assert found.body.keys() == load_file(zoo / "base" / WEIGHTS).keys()
     assert found.body.moved == plain.fit(zoo / "expert-1").body.moved
     assert torch.equal(found.body[MATRIX], load_file(zoo / "expert-1" / WEIGHTS)[MATRIX])
-    refused(line.fit(expert), "E_SCHEMA", "classifier.")
+    assert refused(line.fit(expert), "E_SCHEMA", "classifier.")
 
 
 # dtypes
@@ -365,7 +372,7 @@ def test_a_quantised_expert_is_refused(zoo, bare_line, tmp_path):
     (expert / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
     version = Version(1, zoo / "base", "", Memory("opcm", {}, "0" * 64, "0" * 64))
     found = _check_config(version, intake.Admitted(expert, {}, "", ()), "expert x")
-    refused(found, "E_DTYPE", "file config.json", "the weights are quantised", "load_in_4bit")
+    assert refused(found, "E_DTYPE", "file config.json", "the weights are quantised", "load_in_4bit")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -383,7 +390,7 @@ def test_integers_in_place_of_floats_are_refused(zoo, bare_line, tmp_path):
     expert = edited(
         zoo / "expert-1", tmp_path / "int", lambda tensors: tensors.update({MATRIX: tensors[MATRIX].char()})
     )
-    refused(bare_line(zoo / "base").fit(expert), "E_SCHEMA", MATRIX)
+    assert refused(bare_line(zoo / "base").fit(expert), "E_SCHEMA", MATRIX)
 
 
 # adapters
@@ -442,6 +449,6 @@ def test_an_adapter_that_is_not_finite_is_refused_by_tensor(zoo, bare_line, tmp_
     tensors[name][0] = float("nan")
     save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
     found = bare_line(zoo / "base").fit(adapter, has_head=True)
-    refused(found, "E_NONFINITE", "not every value is finite")
+    assert refused(found, "E_NONFINITE", "not every value is finite")
     assert found.tensor
     assert found.tensor.rpartition(".")[0].split(".")[-1] in name

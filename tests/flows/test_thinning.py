@@ -43,13 +43,9 @@ def toml(tmp_path_factory, furnish, prefect, zoo):
 
 
 @pytest.fixture
-def at(toml, kept):
-    """The line as it was folded; what a test does to it is undone."""
-    house.cache_clear()
-    found = house(str(toml))
-    with kept(found):
-        yield found
-    house(str(toml)).ledger.close()
+def at(undone):
+    """The line as it was folded."""
+    return undone
 
 
 @pytest.fixture
