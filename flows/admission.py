@@ -14,7 +14,8 @@ from flows.signing import accepted_of, check_expert
 from flows.versions import Version
 from flows.wiring import House
 from registry import intake
-from registry.files import MANIFEST, read_json, shown
+from registry.files import read_json, shown
+from registry.manifests import MANIFEST
 from registry.records import Expert, ExpertVersion, FoldinError, Refusal
 
 if TYPE_CHECKING:

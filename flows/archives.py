@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from flows.versions import open_version
 from flows.wiring import House
-from registry.files import MANIFEST, Place, sha256_file, verify_manifest
+from registry.files import Place, sha256_file
+from registry.manifests import MANIFEST, verify_manifest
 from registry.records import FoldinError, Refusal
 
 ARCHIVED = "archived"  # the kind of the event

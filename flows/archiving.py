@@ -27,7 +27,8 @@ from flows.versions import Version, open_version
 from flows.wiring import House
 from registry import intake
 from registry.far import far_files, names_in
-from registry.files import SIGNATURE, Place, bytes_here, hash_tree, write_json, write_manifest
+from registry.files import Place, bytes_here, hash_tree, write_json
+from registry.manifests import SIGNATURE, write_manifest
 from registry.records import FoldinError, Lease, Refusal
 from registry.store import tree_sha256
 

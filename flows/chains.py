@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from flows.signing import require_signature
 from flows.versions import open_version, with_files
 from flows.wiring import House
-from registry.files import MANIFEST, read_json
+from registry.files import read_json
+from registry.manifests import MANIFEST
 from registry.records import FoldinError, Merge, Refusal
 
 

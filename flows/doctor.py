@@ -9,7 +9,7 @@ from flows.archives import check_archives
 from flows.chains import check_versions_of
 from flows.champion import check_target
 from flows.leftovers import abandoned
-from flows.starting import check_settings
+from flows.settings import check_settings
 from flows.versions import extents
 from flows.waiting import misplaced
 from flows.wiring import House, is_dead

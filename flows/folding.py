@@ -19,7 +19,8 @@ from flows.pool import devices_of
 from flows.recipe import Recipe
 from flows.second_pass import read_tensor
 from flows.versions import HEADS, STATE_FOLDER, Version
-from registry.files import SIGNATURE, hash_tree, read_json, write_json
+from registry.files import hash_tree, read_json, write_json
+from registry.manifests import SIGNATURE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -29,7 +29,7 @@ from flows.recipe import Recipe, recipe_of
 from flows.recording import recorded, registered
 from flows.scoring import Bench
 from flows.search import search, wanted
-from flows.starting import check_settings
+from flows.settings import check_settings
 from flows.steps import step
 from flows.telling import bar, say
 from flows.waiting import stands_still

@@ -13,7 +13,8 @@ from flows.signing import sign_version
 from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Version
 from flows.wiring import CODE_FORMAT, House
 from registry.far import write_digests
-from registry.files import MANIFEST, read_json, sha256_file, verify_manifest, write_manifest
+from registry.files import read_json, sha256_file
+from registry.manifests import MANIFEST, verify_manifest, write_manifest
 from registry.records import Expert, FoldinError, Refusal
 from registry.verdicts import Try, Verdict
 

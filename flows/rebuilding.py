@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from flows.telling import say
 from flows.wiring import House
-from registry.files import MANIFEST, read_json, sha256_file
+from registry.files import read_json, sha256_file
 from registry.history import read
 from registry.lineage import Extent, extents
+from registry.manifests import MANIFEST
 from registry.records import FoldinError, Refusal
 
 

@@ -22,7 +22,7 @@ from flows.readmitting import Again, readmit
 from flows.recipe import recipe_of
 from flows.recording import recorded, registered
 from flows.scoring import Bench, Subject, known_tasks, score, task_of
-from flows.starting import check_settings
+from flows.settings import check_settings
 from flows.telling import bar, say
 from flows.thinning import had_back, restore
 from flows.versions import Version, chain, find_merge, open_version, with_files

@@ -21,7 +21,7 @@ def write_line(config_file: Path, line: str, base: Path | None, experts: list[st
     """
     import tomlkit
 
-    from flows.starting import check_settings
+    from flows.settings import check_settings
 
     config = load(config_file, new=True)
     if line in config.lines:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from flows.config import LineConfig, SigningConfig
 from flows.versions import verified
 from flows.wiring import House, signing_passphrase
-from registry.files import MANIFEST, SIGNATURE, read_json, sha256_file, shown
+from registry.files import read_json, sha256_file, shown
 from registry.intake import Admitted, copied
+from registry.manifests import MANIFEST, SIGNATURE
 from registry.records import FoldinError, Refusal
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from flows.pool import devices_of
 from flows.telling import say
 from flows.versions import Found, Version, chain, extents, find_merge, look_at, open_version, opened
 from flows.wiring import House
-from registry.files import MANIFEST
 from registry.lineage import Extent
+from registry.manifests import MANIFEST
 from registry.records import FoldinError, Lease, Refusal
 from registry.serving import STATE, serving_files
 

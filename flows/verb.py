@@ -48,7 +48,7 @@ def prefect_for(options: dict[str, Any], lines: Sequence[str], *, check: bool = 
     checked = settings if check and len(settings) == 1 else {}
 
     def meanwhile() -> None:
-        from flows.starting import check_settings
+        from flows.settings import check_settings
 
         for line, each in checked.items():
             check_settings(each, line)

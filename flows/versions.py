@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from flows.memory import Memory
 from flows.wiring import House
 from registry.far import names_in
-from registry.files import MANIFEST, read_json, sha256_file, verify_manifest
+from registry.files import read_json, sha256_file
 from registry.lineage import Extent, ancestry, parents_of
 from registry.lineage import extents as extents_in
+from registry.manifests import MANIFEST, verify_manifest
 from registry.records import FoldinError, Merge, Refusal
 from registry.serving import serving_files
 

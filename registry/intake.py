@@ -13,8 +13,9 @@ from typing import Any
 
 from registry.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
 from registry.far import names_in
-from registry.files import MAX_BYTES, SIGNATURE, Place, open_regular, parse_json, shown
+from registry.files import MAX_BYTES, Place, open_regular, parse_json, shown
 from registry.headers import MAX_HEADER, RESAVE, read_folder, read_header
+from registry.manifests import SIGNATURE
 from registry.records import FoldinError, Refusal
 from registry.store import copy_in
 

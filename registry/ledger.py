@@ -25,7 +25,7 @@ from registry.records import (
     Refusal,
     plain,
 )
-from registry.rows import check_parent, event_from, expert_from, line_from, merge_from, move_champion, note
+from registry.rows import event_from, expert_from, line_from, merge_from
 from registry.schema import events, experts, leases, lines, merges, now
 
 
@@ -87,7 +87,7 @@ class Ledger:
             if before == because:
                 return
             tx.execute(update(lines).where(lines.c.name == lease.line).values(blocked=because))
-            note(tx, lease, "blocked" if because else "unblocked", because=because or before, done=True)
+            rows.note(tx, lease, "blocked" if because else "unblocked", because=because or before, done=True)
 
     # experts
 
@@ -95,19 +95,7 @@ class Ledger:
         """Put a registered expert at the end of the queue; False when it is there already."""
         try:
             with database.transaction(self._engine) as tx:
-                tx.execute(select(lines.c.name).where(lines.c.name == line).with_for_update())  # one seq at a time
-                last = tx.execute(select(func.max(experts.c.seq)).where(experts.c.line == line)).scalar()
-                tx.execute(
-                    insert(experts).values(
-                        line=line,
-                        model=found.model,
-                        version=found.version,
-                        seq=(last or 0) + 1,
-                        task=task,
-                        state=ExpertState.PENDING,
-                        enrolled=now(),
-                    )
-                )
+                rows.enrol(tx, line, found, task)
         except database.IntegrityError:
             return False
         return True
@@ -128,8 +116,10 @@ class Ledger:
 
     def begin(self, lease: Lease, expert: Expert, task: str) -> int:
         """Count one more attempt at an expert, and note its task; returns how many never ended, this one included."""
-        self._on_expert(lease, expert, {"attempts": experts.c.attempts + 1, "task": task})
-        return next(row.attempts for row in self.experts(lease.line) if row.id == expert.id)
+        counted = {"attempts": experts.c.attempts + 1, "task": task}
+        with self.leases.fenced(lease) as tx:
+            query = update(experts).where(experts.c.id == expert.id).values(**counted).returning(experts.c.attempts)
+            return int(tx.execute(query).scalar_one())
 
     def clear_attempts(self, lease: Lease, expert: Expert) -> None:
         """Forget the attempts: this one ended cleanly, for a reason that was not the expert's."""
@@ -138,8 +128,10 @@ class Ledger:
     def note_digest(self, lease: Lease, expert: Expert, digest: str) -> Expert | None:
         """Store the content digest of an expert's weights; returns an earlier expert with the same weights, if any."""
         self._on_expert(lease, expert, {"digest": digest})
-        earlier = [each for each in self.experts(lease.line) if each.digest == digest and each.seq < expert.seq]
-        return next((each for each in earlier if rows.stands_for(each, expert)), None)
+        same = (experts.c.line == lease.line) & (experts.c.digest == digest) & (experts.c.seq < expert.seq)
+        with database.transaction(self._engine) as tx:
+            earlier = map(expert_from, tx.execute(select(experts).where(same).order_by(experts.c.seq)))
+            return next((each for each in earlier if rows.stands_for(each, expert)), None)
 
     def settle(self, lease: Lease, expert: Expert, state: ExpertState, code: str, reason: str) -> None:
         """End an expert without a fold: rejected, quarantined or withdrawn, always with a reason."""
@@ -178,19 +170,10 @@ class Ledger:
                 tx.execute(delete(merges).where(mine))
                 row = None
             if row is None:
-                tx.execute(
-                    insert(merges).values(
-                        line=merge.line,
-                        merge_key=merge.merge_key,
-                        expert_id=merge.expert_id,
-                        parent=merge.parent,
-                        outcome=merge.verdict.outcome,
-                        verdict=json.dumps(plain(merge.verdict)),
-                        run_id=merge.run_id,
-                        fence=lease.fence,
-                        created=now(),
-                    )
-                )
+                facts = {"merge_key": merge.merge_key, "expert_id": merge.expert_id, "parent": merge.parent}
+                answer = {"outcome": merge.verdict.outcome, "verdict": json.dumps(plain(merge.verdict))}
+                made = {"line": merge.line, "run_id": merge.run_id, "fence": lease.fence, "created": now()}
+                tx.execute(insert(merges).values(**facts, **answer, **made))
         recorded = self.merge(merge.merge_key)
         assert recorded is not None
         return recorded
@@ -204,9 +187,9 @@ class Ledger:
         with self.leases.fenced(lease) as tx:
             assert done.version is not None
             rows.keep(tx, done)
-            check_parent(tx, lease.line, done.parent)
+            rows.check_parent(tx, lease.line, done.parent)
             kind = "init" if done.parent is None else "fold"
-            return move_champion(tx, lease, kind, done.version, because="", who="foldin")
+            return rows.move_champion(tx, lease, kind, done.version, because="", who="foldin")
 
     def keep(self, lease: Lease, merge: Merge) -> None:
         """Note a registered version that grows beside the champion, which stays where it is."""
@@ -216,7 +199,7 @@ class Ledger:
     def remark(self, lease: Lease, kind: str, because: str, who: str) -> None:
         """Append an event that moves nothing."""
         with self.leases.fenced(lease) as tx:
-            note(tx, lease, kind, because=because, who=who, done=True)
+            rows.note(tx, lease, kind, because=because, who=who, done=True)
 
     def hold(self, lease: Lease, held: Merge) -> None:
         """Let a registered version wait for a person; its expert stays pending, the champion where it is."""
@@ -235,7 +218,7 @@ class Ledger:
     def move(self, lease: Lease, kind: str, target: int, because: str, who: str) -> Event:
         """Make an older or newer version of the line the champion: a rollback, an adoption, a repair."""
         with self.leases.fenced(lease) as tx:
-            return move_champion(tx, lease, kind, target, because, who)
+            return rows.move_champion(tx, lease, kind, target, because, who)
 
     def confirm(self, lease: Lease, move: Event) -> None:
         """Note that the alias was seen on the move's target."""

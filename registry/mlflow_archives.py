@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from registry.files import MANIFEST, Place, sha256_file, verify_manifest
+from registry.files import Place, sha256_file
+from registry.manifests import MANIFEST, verify_manifest
 from registry.mlflow_files import Files
 from registry.mlflow_link import Link
 from registry.mlflow_runs import Runs

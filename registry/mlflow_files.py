@@ -13,7 +13,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from registry.far import is_mirror, look_again, mirror, note_far, store
-from registry.files import MANIFEST, shown, sweep, verify_manifest
+from registry.files import shown, sweep
+from registry.manifests import MANIFEST, verify_manifest
 from registry.mlflow_link import Link, unreachable
 from registry.records import DAY, FoldinError, Refusal
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
 
-from registry.files import SIGNATURE
+from registry.manifests import SIGNATURE
 from registry.mlflow_archives import Archives
 from registry.mlflow_files import Files
 from registry.mlflow_link import MERGE_KEY, Link, missing, quoted, short

@@ -6,7 +6,18 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, insert, select, update
 
 from registry.lineage import ancestry
-from registry.records import Decision, Event, Expert, ExpertState, FoldinError, Lease, Line, Merge, Refusal
+from registry.records import (
+    Decision,
+    Event,
+    Expert,
+    ExpertState,
+    ExpertVersion,
+    FoldinError,
+    Lease,
+    Line,
+    Merge,
+    Refusal,
+)
 from registry.schema import events, experts, lines, merges, now
 from registry.verdicts import Check, Outcome, Verdict
 
@@ -96,18 +107,29 @@ def stands_for(earlier: Expert, expert: Expert) -> bool:
     return earlier.state is ExpertState.FOLDED or back
 
 
+def enrol(tx: Connection, line: str, found: ExpertVersion, task: str) -> None:
+    """Put a registered expert after all others; an IntegrityError when it is there already."""
+    facts = {"line": line, "model": found.model, "version": found.version, "task": task}
+    tx.execute(insert(experts).values(**facts, **_at_the_end(tx, line)))
+
+
 def requeue(tx: Connection, lease: Lease, expert: Expert, because: str, who: str) -> Expert:
     """One more row for an expert, pending, after all others."""
+    end = _at_the_end(tx, lease.line)
     mine = experts.c.line == lease.line
-    tx.execute(select(lines.c.name).where(lines.c.name == lease.line).with_for_update())  # one seq at a time
-    last = tx.execute(select(func.max(experts.c.seq)).where(mine)).scalar_one()
     again = mine & (experts.c.model == expert.model) & (experts.c.version == expert.version)
     generation = tx.execute(select(func.max(experts.c.generation)).where(again)).scalar_one() + 1
     facts = {"line": lease.line, "model": expert.model, "version": expert.version, "task": expert.task}
-    order = {"seq": last + 1, "generation": generation, "state": ExpertState.PENDING, "enrolled": now()}
-    row = tx.execute(insert(experts).values(**facts, **order).returning(experts)).one()
+    row = tx.execute(insert(experts).values(**facts, **end, generation=generation).returning(experts)).one()
     note(tx, lease, "requeued", because=f"{expert.name}: {because}", who=who, done=True)
     return expert_from(row)
+
+
+def _at_the_end(tx: Connection, line: str) -> dict[str, Any]:
+    """What an expert is when it joins the queue; the line's row is locked, so that a place is given once."""
+    tx.execute(select(lines.c.name).where(lines.c.name == line).with_for_update())
+    last = tx.execute(select(func.max(experts.c.seq)).where(experts.c.line == line)).scalar() or 0
+    return {"seq": last + 1, "state": ExpertState.PENDING, "enrolled": now()}
 
 
 def hold(tx: Connection, lease: Lease, held: Merge) -> None:

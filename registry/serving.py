@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from registry.files import MANIFEST, read_json
+from registry.files import read_json
+from registry.manifests import MANIFEST
 
 STATE = "foldin.state"  # tag of a version: retired, thin; none where all files are there
 

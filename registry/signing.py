@@ -19,7 +19,8 @@ from model_signing import hashing, manifest, signing, verifying
 from model_signing._hashing.hashing import Digest  # the library offers no other way to say what a digest is
 from OpenSSL import crypto
 
-from registry.files import MANIFEST, MAX_JSON, SIGNATURE, Place, open_regular, parse_json, shown
+from registry.files import MAX_JSON, Place, open_regular, parse_json, shown
+from registry.manifests import MANIFEST, SIGNATURE
 from registry.records import FoldinError, Refusal
 
 CODE = "E_SIGNATURE"

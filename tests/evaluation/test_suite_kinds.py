@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation import rows
+from evaluation import tables
 from evaluation.kinds import KINDS
 from evaluation.suites import Question, input_digests, load_suite, read_examples, write_suite
 from registry.records import FoldinError
@@ -157,7 +157,7 @@ def test_an_expert_may_not_make_its_own_suite_a_hard_rule(tmp_path):
 
 
 def test_a_small_file_of_one_text_many_times_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "UNPACKED_BYTES", 2**20)
+    monkeypatch.setattr(tables, "UNPACKED_BYTES", 2**20)
     with pytest.raises(FoldinError, match="the data is too large"):
         language(tmp_path, rows=[("y" * 2**14, "gate")] * 80)
     assert (tmp_path / "examples.parquet").stat().st_size < 2**14

@@ -14,7 +14,8 @@ from flows.memory import Folded, Memory
 from flows.restoring import Record, restored
 from flows.versions import open_version
 from flows.wiring import artifact_root, house, tracking_uri
-from registry.files import MANIFEST, hash_tree, read_json, write_manifest
+from registry.files import hash_tree, read_json
+from registry.manifests import MANIFEST, write_manifest
 from registry.records import FoldinError
 from registry.store import tree_sha256
 

@@ -9,6 +9,7 @@ import pytest
 
 from evaluation.suites import write_suite
 from flows import config, starting
+from flows import settings as settings_of
 from flows.config import LineConfig, RegistryConfig, SearchConfig, SigningConfig, load
 from flows.signing import check_signing
 from registry.records import FoldinError
@@ -193,14 +194,14 @@ def test_a_file_that_cannot_be_read_is_said_so(tmp_path):
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_done(changes, parts):
-    message = said(lambda: starting.check_settings(settings(**changes), "demo"))
+    message = said(lambda: settings_of.check_settings(settings(**changes), "demo"))
     assert message.startswith("E_CONFIG [lines.demo")
     assert all(part in message for part in parts), message
 
 
 def test_a_suite_of_the_line_that_is_not_there_is_the_lines_fault(tmp_path):
     wrong = settings(suites={"city": str(tmp_path / "nowhere")})
-    assert said(lambda: starting.check_settings(wrong, "demo")).startswith(
+    assert said(lambda: settings_of.check_settings(wrong, "demo")).startswith(
         "E_SUITE suite of task city in [lines.demo.suites], file suite.json: the file is missing."
     )
 
@@ -216,7 +217,7 @@ def test_good_settings_pass(tmp_path):
         timezone="Europe/Paris",
         suites={"city": str(tmp_path)},
     )
-    starting.check_settings(good, "demo")
+    settings_of.check_settings(good, "demo")
 
 
 def test_the_settings_are_the_first_thing_that_start_looks_at():
@@ -238,14 +239,14 @@ def test_a_missing_file_is_said_where_it_is_not_to_be_made(tmp_path):
 
 def test_a_scheduler_needs_the_package_that_speaks_to_it(monkeypatch):
     settings = LineConfig(base="base", experts=("experts",), workers="tcp://scheduler:8786")
-    monkeypatch.setattr(starting, "find_spec", lambda name: object())
-    starting.check_settings(settings, "tiny")
-    monkeypatch.setattr(starting, "find_spec", lambda name: None)
-    starting.check_settings(dataclasses.replace(settings, workers="2"), "tiny")
+    monkeypatch.setattr(settings_of, "find_spec", lambda name: object())
+    settings_of.check_settings(settings, "tiny")
+    monkeypatch.setattr(settings_of, "find_spec", lambda name: None)
+    settings_of.check_settings(dataclasses.replace(settings, workers="2"), "tiny")
     with pytest.raises(
         FoldinError, match=r"E_CONFIG \[lines.tiny\] of foldin.toml: .*prefect-dask is not installed.*foldin\[dask\]"
     ):
-        starting.check_settings(settings, "tiny")
+        settings_of.check_settings(settings, "tiny")
 
 
 def test_workers_may_be_a_number_without_quotes(tmp_path):
@@ -258,7 +259,7 @@ def test_workers_may_be_a_number_without_quotes(tmp_path):
 def test_workers_is_a_number_or_a_scheduler(workers):
     settings = LineConfig(base="base", experts=("experts",), workers=workers)
     with pytest.raises(FoldinError, match="workers is neither a number nor an address"):
-        starting.check_settings(settings, "tiny")
+        settings_of.check_settings(settings, "tiny")
 
 
 def test_the_files_of_a_table_signing_are_found_from_the_file_and_none_is_useless(tmp_path):

@@ -10,7 +10,7 @@ from experiments.plain_client import move_alias, register_expert
 from flows.doctor import examine
 from flows.wiring import artifact_root, house, tracking_uri
 from registry import database
-from registry.files import MANIFEST
+from registry.manifests import MANIFEST
 from registry.mlflow_runs import HISTORY
 from registry.records import ExpertState, FoldinError
 from registry.schema import lines, merges
@@ -74,7 +74,8 @@ def swapped_state(at):
 
 def another_manifest(at):
     """As somebody would who damages a file and then writes a manifest that says so."""
-    from registry.files import read_json, write_manifest
+    from registry.files import read_json
+    from registry.manifests import write_manifest
 
     folder = at.mlflow.folder("tiny", 3)
     facts = {key: value for key, value in read_json(folder / MANIFEST).items() if key != "files"}

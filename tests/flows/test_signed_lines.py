@@ -13,7 +13,8 @@ from experiments.plain_client import champion, move_alias, register_expert
 from flows.doctor import examine
 from flows.signing import sign_line
 from flows.wiring import artifact_root, house, tracking_uri
-from registry.files import MANIFEST, SIGNATURE, read_json, sha256_file, write_json
+from registry.files import read_json, sha256_file, write_json
+from registry.manifests import MANIFEST, SIGNATURE
 from registry.mlflow_store import MlflowStore
 from registry.records import FoldinError, Refusal
 

@@ -8,9 +8,10 @@ from safetensors.torch import save_file
 
 from registry import far, ranged
 from registry.far import Far, far_files, look_again, mirror, names_in, note_far, write_digests
-from registry.files import hash_tree, sha256_file, verify_manifest, write_manifest
+from registry.files import hash_tree, sha256_file
 from registry.headers import read_folder
 from registry.intake import admit
+from registry.manifests import verify_manifest, write_manifest
 from registry.objects import Objects
 from registry.records import FoldinError, Refusal
 from registry.weights import Checkpoint, content_sha256, tensor_sha256

@@ -16,11 +16,10 @@ from registry.files import (
     sha256_file,
     shown,
     sweep,
-    verify_manifest,
     write_atomic,
     write_json,
-    write_manifest,
 )
+from registry.manifests import verify_manifest, write_manifest
 from registry.records import FoldinError
 from registry.store import copy_in
 

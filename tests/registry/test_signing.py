@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from model_signing import hashing, signing, verifying
 
-from registry.files import SIGNATURE, hash_tree, verify_manifest, write_manifest
+from registry.files import hash_tree
+from registry.manifests import SIGNATURE, verify_manifest, write_manifest
 from registry.records import FoldinError, Refusal
 from registry.signing import Signer, accepted, check_signer, difference, sign, signed_files
 

@@ -15,7 +15,8 @@ from flows.config import load
 from flows.serve import HOST, LEAN, Page, free_port, log_of, server_process, wait_for
 from flows.stack import servers
 from registry import far
-from registry.files import MANIFEST, SIGNATURE, hash_tree, sha256_file, verify_manifest, write_manifest
+from registry.files import hash_tree, sha256_file
+from registry.manifests import MANIFEST, SIGNATURE, verify_manifest, write_manifest
 from registry.mlflow_store import MlflowStore
 from registry.records import FoldinError
 
