@@ -12,7 +12,7 @@ from flows.leasing import held, remember
 from flows.leftovers import Item, leftovers, remove
 from flows.telling import say
 from flows.thinning import check_unnamed, restore, thin_out
-from flows.versions import chain, extents, numbers_of, open_version, with_files
+from flows.versions import chain, extents, open_version, with_files
 from flows.waiting import waiting
 from flows.wiring import House
 from registry.lineage import Extent
@@ -115,7 +115,7 @@ def _thin_out(house: House, lease: Lease, versions: Sequence[int], because: str,
     if not versions:
         return left
     try:
-        base = open_version(house, lease.line, min(numbers_of(house, lease.line)), whole=True)
+        base = open_version(house, lease.line, min(house.ledger.parents(lease.line)), whole=True)
     except FoldinError as error:
         return dict.fromkeys(versions, f"nothing gives its weights back: {_about_a_version(error)}")
     for version in versions:
@@ -140,7 +140,7 @@ def needed(house: House, line: str, keep: int) -> set[int]:
     """
     champion = house.ledger.line(line).champion
     ancestors = chain(house, line, champion) if champion else []
-    numbers = sorted(numbers_of(house, line))
+    numbers = list(house.ledger.parents(line))
     current = waiting(house, line)
     newest = numbers[-keep:] if keep else []
     kept = {*ancestors[: keep + 1], *numbers[:1], *newest, *house.mlflow.aliased(line)}

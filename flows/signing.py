@@ -146,7 +146,7 @@ def sign_line(house: House, line: str) -> list[int]:
         )
         raise FoldinError(Refusal("E_CONFIG", what, f"[lines.{line}.signing]", remedy=remedy))
     check_signing(settings, line)
-    numbers = sorted(merge.version for merge in house.ledger.merges(line) if merge.version is not None)
+    numbers = list(house.ledger.parents(line))
     return [each for each in numbers if sign_version(house, line, each, verified(house, line, each)[0])]
 
 

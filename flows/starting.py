@@ -59,7 +59,7 @@ def start(house: House, line: str, settings: LineConfig) -> int:
 
 def _started(house: House, line: str, settings: LineConfig) -> int | None:
     """The version that holds the line's base, when the line was started; it must be the base that is configured."""
-    root = next((each.version for each in house.ledger.merges(line) if each.parent is None and each.version), None)
+    root = next((number for number, parent in house.ledger.parents(line).items() if parent is None), None)
     if root is None or house.ledger.line(line).champion is None:
         return None
     if settings.base_sha256:

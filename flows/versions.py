@@ -8,7 +8,7 @@ from flows.memory import Memory
 from flows.wiring import House
 from registry.far import names_in
 from registry.files import read_json, sha256_file
-from registry.lineage import Extent, ancestry, parents_of
+from registry.lineage import Extent, ancestry
 from registry.lineage import extents as extents_in
 from registry.manifests import MANIFEST, verify_manifest
 from registry.records import FoldinError, Merge, Refusal
@@ -174,7 +174,7 @@ def bests(version: Version) -> dict[str, tuple[float, str]]:
 def extents(house: House, line: str) -> dict[int, Extent]:
     """Version -> what is kept of its files (`foldin gc`), of all that foldin registered, ascending."""
     told = extents_in((event.kind, event.because) for event in house.ledger.events(line))
-    return {number: told.get(number, Extent.WHOLE) for number in sorted(numbers_of(house, line))}
+    return {number: told.get(number, Extent.WHOLE) for number in house.ledger.parents(line)}
 
 
 def with_files(house: House, line: str) -> set[int]:
@@ -188,11 +188,10 @@ def find_merge(house: House, line: str, number: int) -> Merge:
     Raises:
         FoldinError: E_VERSION when it says nothing.
     """
-    merges = house.ledger.merges(line)
-    for merge in merges:
-        if merge.version == number:
-            return merge
-    known = ", ".join(str(merge.version) for merge in merges if merge.version is not None)
+    merge = house.ledger.registered(line, number)
+    if merge is not None:
+        return merge
+    known = ", ".join(map(str, house.ledger.parents(line)))
     raise FoldinError(
         Refusal(
             code="E_VERSION",
@@ -204,14 +203,9 @@ def find_merge(house: House, line: str, number: int) -> Merge:
     )
 
 
-def numbers_of(house: House, line: str) -> set[int]:
-    """The versions that foldin registered."""
-    return {merge.version for merge in house.ledger.merges(line) if merge.version is not None}
-
-
 def chain(house: House, line: str, number: int) -> list[int]:
     """A version and its ancestors, newest first; the last one is the base."""
-    return ancestry(parents_of(house.ledger.merges(line)), number)
+    return ancestry(house.ledger.parents(line), number)
 
 
 def _given_up(version: Version) -> Refusal:

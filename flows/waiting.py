@@ -79,8 +79,7 @@ def mend(house: House, line: str) -> None:
     wrong = misplaced(house, line)
     if wrong is None:
         return
-    known = {each.version for each in house.ledger.merges(line) if each.version is not None}
-    for version in known.intersection(wrong):
+    for version in house.ledger.parents(line).keys() & set(wrong):
         house.mlflow.label(line, version, _tags(house, find_merge(house, line, version)))
     house.mlflow.point_candidate(line, wrong[1])
 

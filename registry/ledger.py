@@ -18,11 +18,9 @@ from registry.records import (
     Expert,
     ExpertState,
     ExpertVersion,
-    FoldinError,
     Lease,
     Line,
     Merge,
-    Refusal,
     plain,
 )
 from registry.rows import event_from, expert_from, line_from, merge_from
@@ -54,10 +52,7 @@ class Ledger:
                 tx.execute(insert(lines).values(name=name, base_sha256=base_sha256, blocked="", created=now()))
                 tx.execute(insert(leases).values(line=name, holder="", fence=0, expires=0.0))
         line = self.line(name)
-        if line.base_sha256 != base_sha256:
-            what, remedy = "the line was started from another base", "restore it, or start a new line for this one"
-            ours, theirs = (f"weights {digest[:12]}" for digest in (line.base_sha256, base_sha256))
-            raise FoldinError(Refusal("E_BASE", what, f"line {name}", "", "", ours, theirs, remedy))
+        rows.check_base(line, base_sha256)
         return line
 
     def line(self, name: str) -> Line:
@@ -70,9 +65,7 @@ class Ledger:
             row = tx.execute(select(lines).where(lines.c.name == name)).first()
             known = [other for (other,) in tx.execute(select(lines.c.name).order_by(lines.c.name))]
         if row is None:
-            what, remedy = "no line of this name has been started", f"start it with `foldin init {name}`"
-            expected = f"one of {', '.join(known)}" if known else ""
-            raise FoldinError(Refusal("E_LINE", what, f"line {name}", expected=expected, remedy=remedy))
+            raise rows.unknown_line(name, known)
         return line_from(row)
 
     def lines(self) -> list[Line]:
@@ -116,10 +109,7 @@ class Ledger:
 
     def begin(self, lease: Lease, expert: Expert, task: str) -> int:
         """Count one more attempt at an expert, and note its task; returns how many never ended, this one included."""
-        counted = {"attempts": experts.c.attempts + 1, "task": task}
-        with self.leases.fenced(lease) as tx:
-            query = update(experts).where(experts.c.id == expert.id).values(**counted).returning(experts.c.attempts)
-            return int(tx.execute(query).scalar_one())
+        return self._on_expert(lease, expert, {"attempts": experts.c.attempts + 1, "task": task}).attempts
 
     def clear_attempts(self, lease: Lease, expert: Expert) -> None:
         """Forget the attempts: this one ended cleanly, for a reason that was not the expert's."""
@@ -149,6 +139,20 @@ class Ledger:
         with database.transaction(self._engine) as tx:
             row = tx.execute(select(merges).where(merges.c.merge_key == merge_key)).first()
         return merge_from(row) if row else None
+
+    def registered(self, line: str, version: int) -> Merge | None:
+        """The merge that became a version, or None when none did."""
+        mine = (merges.c.line == line) & (merges.c.version == version)
+        with database.transaction(self._engine) as tx:
+            row = tx.execute(select(merges).where(mine)).first()
+        return merge_from(row) if row else None
+
+    def parents(self, line: str) -> dict[int, int | None]:
+        """Version -> the version it was folded into, None for the base, of all that were registered, ascending."""
+        mine = (merges.c.line == line) & merges.c.version.is_not(None)
+        with database.transaction(self._engine) as tx:
+            query = select(merges.c.version, merges.c.parent).where(mine).order_by(merges.c.version)
+            return {row.version: row.parent for row in tx.execute(query)}
 
     def merges(self, line: str) -> list[Merge]:
         """Every gated merge of a line, oldest first; the first is the base itself."""
@@ -231,8 +235,6 @@ class Ledger:
             query = select(events).where(events.c.line == line).order_by(events.c.id)
             return [event_from(row) for row in tx.execute(query)]
 
-    # the whole of a line
-
     def export(self, line: str) -> bytes:
         """Everything that is known of a line, for another ledger to `restore`."""
         return history.export(self._engine, line)
@@ -241,6 +243,7 @@ class Ledger:
         """Put a line back that this ledger does not know, from `history.read`; all of it or nothing."""
         history.restore(self._engine, document)
 
-    def _on_expert(self, lease: Lease, expert: Expert, values: dict[str, Any]) -> None:
+    def _on_expert(self, lease: Lease, expert: Expert, values: dict[str, Any]) -> Expert:
         with self.leases.fenced(lease) as tx:
-            tx.execute(update(experts).where(experts.c.id == expert.id).values(**values))
+            query = update(experts).where(experts.c.id == expert.id).values(**values)
+            return expert_from(tx.execute(query.returning(experts)).one())

@@ -1,6 +1,7 @@
 """From the ledger's rows to the types of `registry.records`, and the one rule that spans tables: who is folded."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
@@ -76,6 +77,21 @@ def verdict_from(table: dict[str, Any]) -> Verdict:
 
 def _pair(values: list[float] | None) -> tuple[float, float] | None:
     return None if values is None else (values[0], values[1])
+
+
+def check_base(line: Line, base_sha256: str) -> None:
+    """A line's base can never be exchanged."""
+    if line.base_sha256 != base_sha256:
+        what, remedy = "the line was started from another base", "restore it, or start a new line for this one"
+        ours, theirs = (f"weights {digest[:12]}" for digest in (line.base_sha256, base_sha256))
+        raise FoldinError(Refusal("E_BASE", what, f"line {line.name}", "", "", ours, theirs, remedy))
+
+
+def unknown_line(name: str, known: Sequence[str]) -> FoldinError:
+    """The error to raise for a line that the ledger does not have."""
+    what, remedy = "no line of this name has been started", f"start it with `foldin init {name}`"
+    expected = f"one of {', '.join(known)}" if known else ""
+    return FoldinError(Refusal("E_LINE", what, f"line {name}", expected=expected, remedy=remedy))
 
 
 def move_champion(tx: Connection, lease: Lease, kind: str, target: int, because: str, who: str) -> Event:

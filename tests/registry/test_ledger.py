@@ -148,6 +148,15 @@ def test_a_fold_after_a_rollback_starts_a_branch(ledger):
     assert states(ledger) == ["folded", "rolled-back", "rolled-back", "folded"]
 
 
+def test_a_version_is_found_by_its_number_and_none_but_registered_ones_have_parents(ledger):
+    lease = fold_three(ledger)
+    ledger.record_verdict(lease, Merge("never registered", "demo", None, 4, PASSED))
+    assert ledger.parents("demo") == {1: None, 2: 1, 3: 2, 4: 3}
+    assert ledger.registered("demo", 3) == ledger.merge("k3")
+    assert ledger.registered("demo", 5) is None
+    assert ledger.registered("other", 3) is None
+
+
 def test_a_requeued_expert_waits_again_after_all_others_and_is_no_duplicate_of_itself(ledger):
     lease = fold_three(ledger)
     ledger.move(lease, "rollback", 3, "bad", "ann")
