@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.config import LineConfig
 from flows.fitting import Fitted, fit, retrain
+from flows.options import LineConfig
 from flows.signing import accepted_of, check_expert
 from flows.versions import Version
 from flows.wiring import House

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from evaluation.escape import clean
 from flows.champion import agree, follow, reconcile
-from flows.config import LineConfig
 from flows.leasing import held
 from flows.notifying import notify, spared
+from flows.options import LineConfig
 from flows.recording import registered
 from flows.signing import require_signature
 from flows.telling import say

@@ -1,13 +1,13 @@
-"""foldin.toml: what this deployment is made of. One frozen dataclass a table; an unknown key is an error."""
+"""foldin.toml, read: an unknown key, or a value that cannot be, is an error."""
 
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from evaluation.approval import APPROVALS
+from flows.options import LineConfig, ReceiverConfig, RegistryConfig, SearchConfig, SigningConfig
 from flows.tables import EXAMPLES, as_table, check_keys, check_number, read_table, refused
 from registry.records import FoldinError, Refusal
 
@@ -21,78 +21,13 @@ LOCAL_DATABASE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:)(.+)")
 
 
 @dataclass(frozen=True)
-class RegistryConfig:
-    """`[registry]`: where things are kept. Everything defaults to embedded, below `home`."""
-
-    home: str = ".foldin"  # folder for scratch, the content store, caches and the embedded databases
-    tracking_uri: str = ""  # MLflow; "" = SQLite in home
-    artifact_root: str = ""  # where MLflow keeps files; "" = a folder in home, or the server's own choice
-    ledger_url: str = ""  # SQLAlchemy URL; "" = SQLite in home
-    openlineage: str = ""  # where OpenLineage events about folds go: http(s)://SERVER, or a file; "" = nowhere
-    cache: float = 10.0  # gigabytes; of what is read from S3 over and over
-    keep: float = 5.0  # versions before a champion, and newest versions, whose files `foldin gc` leaves
-    keep_thin: float = 100.0  # the same, of which it leaves at least all but the serving weights
-    lease_seconds: float = 60.0  # a worker that says nothing for so long may be taken over
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """`[lines.NAME.search]`: what is tried when the gate rejects an expert, on the rows kept for tuning."""
-
-    when: str = "on-reject"  # never; on-reject; always: also when it passes, for something better
-    strengths: tuple[float, ...] = (1.3, 1.6, 0.7, 0.5)  # factors of the strength that the fold would have
-    weights: tuple[float, ...] = (0.5,)  # of the expert's change
-    energies: tuple[float, ...] = (0.8,)  # opcm only
-    methods: tuple[str, ...] = ()  # whose state is a sum as well, with their defaults
-    tries: float = 8.0  # at most, the configured fold included
-    seconds: float = 1800.0  # no try is begun after that
-
-
-@dataclass(frozen=True)
-class SigningConfig:
-    """`[lines.NAME.signing]`: who must have signed what. Files in PEM; needs foldin[signing]."""
-
-    key: str = ""  # private key that the line's versions are signed with
-    certificate: str = ""  # of that key, then those between it and the root; "" = the key signs for itself
-    versions: tuple[str, ...] = ()  # public keys or roots, one of which must have signed a version; () = none needs it
-    experts: tuple[str, ...] = ()  # the same for experts
-
-
-@dataclass(frozen=True)
-class LineConfig:
-    """`[lines.NAME]`: one running model."""
-
-    base: str  # folder of the base checkpoint: config.json, *.safetensors, tokenizer
-    experts: tuple[str, ...]  # registered models whose versions are folded
-    base_sha256: str = ""  # content digest, or the SHA-256 of the one weight file; "" = whatever base holds
-    method: str = "opcm"  # a key of merging.METHODS
-    parameters: Mapping[str, Any] = field(default_factory=dict)  # of the method, such as energy and strength
-    plain: tuple[str, ...] = ()  # patterns of linear weights that are added plainly, never projected
-    project: tuple[str, ...] = ()  # patterns of other tensors, such as convolutions, that are projected as (out, rest)
-    suites: Mapping[str, str] = field(default_factory=dict)  # task -> folder with suite.json, instead of the expert's
-    guards: Mapping[str, str] = field(default_factory=dict)  # name -> folder with suite.json: always measured as well
-    gate: Mapping[str, Any] = field(default_factory=dict)  # the fields of evaluation.gate.Rules
-    search: SearchConfig = field(default_factory=SearchConfig)  # for a fold that passes, or for a better one
-    signing: SigningConfig = field(default_factory=SigningConfig)  # whose signatures are asked for
-    evaluation_seconds: float = 3600.0  # measuring one model on one suite may take; more counts as not measured
-    approval: str = "never"  # which candidates wait for a person: never, on-reject (soft rejections) or always (all)
-    notify: tuple[str, ...] = ()  # notification blocks of Prefect that hear what became of an expert, as TYPE/NAME
-    trigger: str = "on-register"  # on-register: watch by interval; nightly: on schedule; manual: only by hand
-    interval: float = 60.0  # seconds between two looks at the registry
-    schedule: str = "0 2 * * *"  # cron of the nightly fold
-    timezone: str = "UTC"  # of the schedule
-    device: str = "cpu"  # cpu, cuda (the fold on every GPU, the evaluation on the first) or cuda:N
-    workers: str = ""  # of the fold: "" = every core or GPU, a number of cores, or a Dask scheduler, tcp://HOST:PORT
-    upload_patience: float = 3600.0  # seconds an expert may stay unfinished before it is set aside
-
-
-@dataclass(frozen=True)
 class Config:
     """One foldin.toml with its folder; relative paths are relative to that folder."""
 
     folder: Path
     registry: RegistryConfig
     lines: Mapping[str, LineConfig]
+    receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
     file: str = DEFAULT_FILE.name  # in that folder
 
     @property
@@ -143,12 +78,13 @@ def parse(text: str, path: Path) -> Config:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise refused(path, "the file is not TOML", "TOML 1.0", str(error)) from error
-    check_keys(path, "", table, {"registry", "lines"})
+    check_keys(path, "", table, {"registry", "receiver", "lines"})
     lines = as_table(path, "lines", table.get("lines", {}))
     return Config(
         folder=path.parent,
         registry=_registry(path, table.get("registry", {})),
         lines={name: _line(path, name, row) for name, row in lines.items()},
+        receiver=_receiver(path, table.get("receiver", {})),
         file=path.name,
     )
 
@@ -175,6 +111,14 @@ def _registry(path: Path, value: object) -> RegistryConfig:
         ledger_url=_anchored(path, found.ledger_url),
         artifact_root=_absolute(path, root).as_uri() if root and "://" not in root else root,
     )
+
+
+def _receiver(path: Path, value: object) -> ReceiverConfig:
+    found = read_table(path, "receiver", ReceiverConfig, value)
+    check_number(path, "[receiver] port", found.port, "a whole number from 1 to 65535", 1, 65535, whole=True)
+    if found.url and not found.url.startswith(("http://", "https://")):
+        raise refused(path, "[receiver] url is no address", "http(s)://HOST/PATH", found.url)
+    return found
 
 
 def _line(path: Path, name: str, value: object) -> LineConfig:

@@ -1,7 +1,7 @@
 """Which experts were registered since the last look. The registry is polled; a webhook could only say: look now."""
 
 from flows.admission import declared_task
-from flows.config import LineConfig
+from flows.options import LineConfig
 from flows.telling import say
 from flows.wiring import House
 from registry.records import ExpertVersion, Lease

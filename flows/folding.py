@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.admission import Admitted
-from flows.config import LineConfig
 from flows.first_pass import Measures, recorded_sha256
 from flows.memory import STATE_FILE, STATE_FORMAT, Folded, Memory
+from flows.options import LineConfig
 from flows.parts import state_parts
 from flows.passes import Serving, fold_once, fold_state, materialise, stats_after
 from flows.plan import Plan

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from flows.config import LineConfig
+from flows.options import LineConfig
 from registry.records import FoldinError, Refusal
 
 if TYPE_CHECKING:

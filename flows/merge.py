@@ -17,13 +17,13 @@ from flows import showing
 from flows.admission import Admitted, admit, declared_task
 from flows.approval import hold
 from flows.champion import follow, reconcile
-from flows.config import LineConfig
 from flows.emitting import emitted
 from flows.faults import is_out_of_memory, refused_by_system
 from flows.folding import Candidate, fold
 from flows.judging import Judged, climb, contest
 from flows.leasing import held
 from flows.notifying import notify
+from flows.options import LineConfig
 from flows.publishing import show_try
 from flows.recipe import Recipe, recipe_of
 from flows.recording import recorded, registered

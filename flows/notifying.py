@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from evaluation.escape import clean
-from flows.config import LineConfig
+from flows.options import LineConfig
 from flows.telling import say
 
 ADDRESS = re.compile(r"\S+://\S+")  # of a webhook: whoever knows it can post there

@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flows.admission import Admitted
-from flows.config import LineConfig
 from flows.fitting import Fitted
 from flows.kinds import Kinds, kinds_of
+from flows.options import LineConfig
 from flows.plan import LEFT, Plan, numerics_profile
 from flows.recipe import Recipe
 from flows.versions import Version

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from flows.admission import Admitted, admit
 from flows.archives import Archive, archive_of, opened
-from flows.config import LineConfig
 from flows.memory import Folded
+from flows.options import LineConfig
 from flows.restoring import original_of, restored
 from flows.signing import accepted_of, check_expert
 from flows.telling import say

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flows.config import LineConfig
 from flows.memory import Memory
+from flows.options import LineConfig
 
 
 class Recipe(NamedTuple):

@@ -12,12 +12,12 @@ from typing import Any
 from prefect import flow
 
 from flows.champion import agree, check_target, follow
-from flows.config import LineConfig
 from flows.judging import Judged
 from flows.leasing import held
 from flows.memory import Folded
 from flows.merge import fold_tensors, judge, surroundings
 from flows.naming import find_expert
+from flows.options import LineConfig
 from flows.readmitting import Again, readmit
 from flows.recipe import recipe_of
 from flows.recording import recorded, registered

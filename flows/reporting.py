@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.card import CARD_FILE, card
-from flows.config import LineConfig
 from flows.judging import Judged
 from flows.memory import Memory
+from flows.options import LineConfig
 from flows.scoring import known_tasks
 from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Version, bests, history
 from flows.wiring import House

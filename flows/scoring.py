@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from evaluation.answers import answers_bytes, read_answers
 from flows.admission import suite_of
 from flows.archives import archive_of
-from flows.config import LineConfig
 from flows.memory import Folded, Memory
+from flows.options import LineConfig
 from flows.plan import numerics_profile
 from flows.restoring import restored
 from flows.versions import Version, head_of

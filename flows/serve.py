@@ -188,6 +188,20 @@ def log_of(config: Config, page: Page) -> Path:
     return config.home / f"{page.name.split()[0].lower()}-server.log"
 
 
+def named_prefect() -> str:
+    """The URL of the Prefect API that the environment names.
+
+    Raises:
+        FoldinError: E_SERVER when none is named, or it does not answer.
+    """
+    url = wiring.prefect_api_url()
+    if not url:
+        what, remedy = "no Prefect server is named", "set PREFECT_API_URL, such as to http://127.0.0.1:4200/api"
+        raise FoldinError(Refusal("E_SERVER", what, "the environment", expected="PREFECT_API_URL", remedy=remedy))
+    _check_answers(url)
+    return url
+
+
 def _check_answers(url: str) -> None:
     """Nothing, when the Prefect API that the environment names answers."""
     try:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from flows.config import LineConfig
+from flows.options import LineConfig
 from flows.signing import check_signing
 from registry.records import FoldinError, Refusal
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.admission import TASK
-from flows.config import Config, LineConfig, load, parse
+from flows.config import Config, load, parse
+from flows.options import LineConfig
 from registry.files import write_atomic
 from registry.records import FoldinError, Refusal
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from flows.config import LineConfig, SigningConfig
+from flows.options import LineConfig, SigningConfig
 from flows.versions import verified
 from flows.wiring import House, signing_passphrase
 from registry.files import read_json, sha256_file, shown

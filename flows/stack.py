@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flows import wiring
-from flows.config import Config, RegistryConfig
+from flows.config import Config
+from flows.options import RegistryConfig
 from flows.serve import HOST, LEAN, PATIENCE, Page, free_port, log_of, server_process, wait_for
 from flows.telling import say
 from registry.records import FoldinError, Refusal

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from flows.admission import base_digests
 from flows.champion import follow
-from flows.config import LineConfig
 from flows.leasing import held
 from flows.memory import STATE_FILE, STATE_FORMAT, Memory
+from flows.options import LineConfig
 from flows.plan import numerics_profile
 from flows.publishing import register, write_version_manifest
 from flows.settings import check_settings

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flows.config import LineConfig
+from flows.options import LineConfig
 from flows.passes import materialise
 from flows.plan import numerics_profile
 from flows.planning import plan_to_read

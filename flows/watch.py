@@ -21,17 +21,27 @@ from registry.records import ExpertState, Lease
 
 @flow(name="watch", flow_run_name="watch {line}", persist_result=False)
 def watch(line: str, config_file: str = "foldin.toml") -> list[dict[str, Any]]:
-    """Look once: adopt or mend the alias, enrol new experts, fold all that wait; what became of each."""
+    """Adopt or mend the alias, enrol new experts, fold all that wait, until a look finds none; what became of each."""
     at = house(config_file)
-    settings = at.config.line(line)
-    start(at, line, settings)
+    start(at, line, at.config.line(line))
+    outcomes: list[dict[str, Any]] = []
+    while look(at, line):
+        folded = fold_pending(line, config_file)
+        if not folded:
+            break
+        outcomes += folded
+    return outcomes
+
+
+def look(at: House, line: str) -> bool:
+    """Agree with MLflow and enrol what is new there; whether something may be folded now."""
     with held(at, line, told=say) as lease:
         free = reconcile(at, lease, say)
         mend_served(at, lease, say)
         present(at, line)
-        discover(at, lease, settings)
+        discover(at, lease, at.config.line(line))
         tidy(at, lease)
-    return fold_pending(line, config_file) if free and not stands_still(at, line) else []
+    return free and not stands_still(at, line)
 
 
 def tidy(house: House, lease: Lease) -> None:

@@ -11,7 +11,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.config import Config, LineConfig, load
+from flows.config import Config, load
+from flows.options import LineConfig
+from registry.records import FoldinError, Refusal
 
 if TYPE_CHECKING:
     from registry.ledger import Ledger
@@ -22,6 +24,7 @@ STORE_KEYS = {  # of a store on this machine, which asks for some and looks at n
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 STORE_URLS = ("MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+SHORTEST_SECRET = 16  # characters, of a webhook's secret
 CODE_FORMAT = 5  # part of every merge key; raised when the same inputs would give other bytes
 
 
@@ -155,6 +158,28 @@ def signing_passphrase() -> bytes:
 def openlineage_key() -> str:
     """What an OpenLineage server knows this deployment by; "" when the environment has none. Not to be shown."""
     return os.environ.get("OPENLINEAGE_API_KEY", "")
+
+
+def webhook_secrets() -> tuple[bytes, ...]:
+    """What MLflow's webhooks are signed with, the newest first: FOLDIN_WEBHOOK_SECRET, or the lines of a file.
+
+    Raises:
+        FoldinError: E_CONFIG when there is none, or one that is short. Not to be shown or logged.
+    """
+    text, file = os.environ.get("FOLDIN_WEBHOOK_SECRET", ""), os.environ.get("FOLDIN_WEBHOOK_SECRET_FILE", "")
+    try:
+        found = (Path(file).read_text(encoding="utf-8") if file and not text else text).split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _no_secret("the file of FOLDIN_WEBHOOK_SECRET_FILE cannot be read", type(error).__name__) from error
+    if not found or min(map(len, found)) < SHORTEST_SECRET:
+        raise _no_secret("there is no secret for webhooks, or a short one", "a short one" if found else "none")
+    return tuple(each.encode() for each in found)
+
+
+def _no_secret(what: str, found: str) -> FoldinError:
+    expected = f"{SHORTEST_SECRET} or more characters in FOLDIN_WEBHOOK_SECRET, or a file in FOLDIN_WEBHOOK_SECRET_FILE"
+    remedy = "make one, such as with `openssl rand -hex 32`, and give it to `foldin receive` and `foldin webhook`"
+    return FoldinError(Refusal("E_CONFIG", what, "the environment", "", "", expected, found, remedy))
 
 
 @contextmanager

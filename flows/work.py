@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flows.admission import Admitted
-from flows.config import LineConfig
+from flows.options import LineConfig
 from flows.scoring import own_suites
 from flows.thinning import had_back
 from flows.versions import Version, chain, open_version, with_files

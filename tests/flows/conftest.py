@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from flows import cli
 from flows.admission import Admitted
-from flows.config import LineConfig, load
+from flows.config import load
 from flows.fitting import Fit, fit
 from flows.kinds import kinds_of
 from flows.memory import Memory
+from flows.options import LineConfig
 from flows.passes import Serving, fold_state, materialise, stats_after
 from flows.plan import Plan
 from flows.planning import make_plan

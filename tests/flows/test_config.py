@@ -10,7 +10,8 @@ import pytest
 from evaluation.suites import write_suite
 from flows import config, starting
 from flows import settings as settings_of
-from flows.config import LineConfig, RegistryConfig, SearchConfig, SigningConfig, load
+from flows.config import load
+from flows.options import LineConfig, RegistryConfig, SearchConfig, SigningConfig
 from flows.signing import check_signing
 from registry.records import FoldinError
 

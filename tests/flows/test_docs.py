@@ -9,7 +9,8 @@ import pytest
 
 from evaluation.gate import Rules
 from flows.cli import cli
-from flows.config import LineConfig, RegistryConfig, SearchConfig, SigningConfig, load
+from flows.config import load
+from flows.options import LineConfig, RegistryConfig, SearchConfig, SigningConfig
 from merging import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]

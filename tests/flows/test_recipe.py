@@ -2,8 +2,8 @@
 
 import pytest
 
-from flows.config import LineConfig
 from flows.memory import Memory
+from flows.options import LineConfig
 from flows.recipe import Recipe, recipe_of, strength
 from merging import METHODS
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from flows import wiring
-from flows.config import LineConfig, SearchConfig, load
+from flows.config import load
+from flows.options import LineConfig, SearchConfig
 
 SETTINGS = LineConfig(base="base", experts=("demo-experts",), suites={"city": "suites/city"})
 KEY = ("demo", "manifest", "tree", "city", {"city": "suite"}, SETTINGS)

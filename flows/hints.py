@@ -1,0 +1,33 @@
+"""What a webhook of MLflow may be about: a hint to look, never a reason to believe what it says."""
+
+import json
+from collections.abc import Mapping
+
+from flows.options import LineConfig
+
+EVENTS = ("model_version.created", "model_version_alias.created")  # what is asked of MLflow
+
+
+def lines_for(body: bytes, lines: Mapping[str, LineConfig]) -> dict[str, str]:
+    """Line -> a name of what happened, of every line that should look now: the same event has the same name.
+
+    A new version of a watched model wakes the lines that watch it; a moved alias wakes the line whose model it is of.
+    Lines that fold by night or by hand are left alone.
+
+    Raises:
+        ValueError: this is no event of MLflow's.
+    """
+    try:
+        event = json.loads(body)
+    except RecursionError as error:
+        raise ValueError("no event, but many brackets") from error
+    if not isinstance(event, dict) or not isinstance(event.get("data"), dict):
+        raise ValueError("no event")
+    kind, facts = f"{event.get('entity')}.{event.get('action')}", event["data"]
+    name, version = str(facts.get("name", "")), str(facts.get("version", ""))
+    awake = {line: each for line, each in lines.items() if each.trigger == "on-register"}
+    if kind == "model_version.created":
+        return {line: f"{name} v{version}" for line, each in awake.items() if name in each.experts}
+    if kind == "model_version_alias.created" and name in awake:
+        return {name: f"{name}@{facts.get('alias')} {event.get('timestamp')}"}
+    return {}

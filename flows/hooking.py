@@ -1,0 +1,63 @@
+"""The verbs around MLflow's webhooks: receive them, have them sent, have them sent no more."""
+
+import sys
+from typing import Any
+
+import click
+
+from flows.telling import busy, say
+from flows.verb import prepared
+
+
+@click.command(short_help="Receive MLflow's webhooks.")
+@click.pass_obj
+def receive(options: dict[str, Any]) -> None:
+    """Receive MLflow's webhooks and wake the lines that they are about, until interrupted."""
+    config = prepared(options)
+    from flows.serve import named_prefect
+    from flows.wiring import webhook_secrets
+
+    secrets = webhook_secrets()
+    named_prefect()
+    from flows.receiver import receive as keep_receiving
+
+    keep_receiving(config, secrets)
+
+
+@click.group(short_help="Have MLflow tell of new experts.")
+def webhook() -> None:
+    """Have MLflow tell `foldin receive` of new experts and moved aliases, or not any more."""
+
+
+@webhook.command()
+@click.pass_obj
+def install(options: dict[str, Any]) -> None:
+    """Have MLflow send webhooks to the address of [receiver], and try one."""
+    config = prepared(options)
+    from flows.wiring import tracking_uri, webhook_secrets
+
+    secret = webhook_secrets()[0]
+    busy("talking to MLflow")
+    from flows.hints import EVENTS
+    from registry.mlflow_webhooks import Webhooks
+
+    webhooks = Webhooks(tracking_uri(config), config.receiver.address)
+    refusal = webhooks.install(EVENTS, secret.decode())
+    click.echo(f"{webhooks.url}: {', '.join(EVENTS)}")
+    if refusal:
+        say(f"warning: {refusal}")
+    else:
+        say("A trial delivery arrived. MLflow looks for new webhooks once a minute.")
+    sys.exit(1 if refusal else 0)
+
+
+@webhook.command()
+@click.pass_obj
+def remove(options: dict[str, Any]) -> None:
+    """Have MLflow send nothing to the address of [receiver] any more."""
+    config = prepared(options)
+    from flows.wiring import tracking_uri
+    from registry.mlflow_webhooks import Webhooks
+
+    count = Webhooks(tracking_uri(config), config.receiver.address).remove()
+    say(f"{count} webhook{'s' * (count != 1)} removed.")

@@ -1,0 +1,110 @@
+"""The receiver of MLflow's webhooks: it checks who speaks, and wakes the lines that the event may be about.
+
+It decides nothing: a woken line asks MLflow itself. What is lost on the way, the next look on the interval finds.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from flows.config import Config
+from flows.deliveries import Deliveries
+from flows.hints import lines_for
+from flows.telling import logger, say
+from flows.waking import Waker, make_run
+from registry.records import FoldinError
+
+PATH = "/mlflow"
+MOST_BYTES = 2**16  # of a delivery; MLflow's are below 2 KB unless a description is long
+MOST_AT_ONCE = 200  # connections; more are told to come again
+PATIENCE = 10.0  # seconds for a delivery's bytes to come
+
+
+class Receiver:
+    """The answers to deliveries."""
+
+    def __init__(self, config: Config, deliveries: Deliveries, waker: Waker) -> None:
+        """Wake the lines of `config` through `waker`, for what `deliveries` believes."""
+        self._config, self._deliveries, self._waker = config, deliveries, waker
+
+    async def deliver(self, request: Request) -> Response:
+        """200: acted on, or nothing to do; 401: not believed; 413, 408, 400: not readable; 503: try again."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                body = await _read(request)
+        except TimeoutError:
+            return Response(status_code=408)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        if body is None:
+            return Response(status_code=413)
+        identity = self._deliveries.identity(request.headers, body)
+        if identity is None:
+            return Response(status_code=401)
+        return Response(status_code=await self._act(identity, body) if self._deliveries.is_new(identity) else 200)
+
+    async def _act(self, identity: str, body: bytes) -> int:
+        try:
+            found = lines_for(body, self._config.lines)
+        except ValueError:
+            return 400
+        try:
+            await asyncio.gather(*(self._waker.wake(line, event) for line, event in found.items()))
+        except FoldinError as error:
+            say(str(error))
+            return 503
+        self._deliveries.note(identity)
+        for line, event in found.items():
+            logger.info("line %s was woken by %s", line, ascii(event))
+        return 200
+
+
+async def _read(request: Request) -> bytes | None:
+    """The body; None when it is too large, of which no more is read than that takes."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            return None
+    return bytes(body)
+
+
+def application(config: Config, deliveries: Deliveries) -> Starlette:
+    """The receiver as an ASGI application that speaks with the Prefect API of the environment."""
+    from prefect.client.orchestration import get_client
+
+    @asynccontextmanager
+    async def alive(app: Starlette) -> AsyncIterator[None]:
+        async with get_client() as client:
+            app.state.receiver = Receiver(config, deliveries, Waker(partial(make_run, client)))
+            yield
+
+    return Starlette(routes=[Route(PATH, _deliver, methods=["POST"]), Route("/healthz", _healthz)], lifespan=alive)
+
+
+async def _deliver(request: Request) -> Response:
+    receiver: Receiver = request.app.state.receiver
+    return await receiver.deliver(request)
+
+
+async def _healthz(request: Request) -> Response:
+    return Response("ok")
+
+
+def receive(config: Config, secrets: tuple[bytes, ...]) -> None:
+    """Receive until interrupted."""
+    import uvicorn
+
+    host, port = config.receiver.host, int(config.receiver.port)
+    app = application(config, Deliveries(secrets))
+    say(f"Webhooks: http://{host}:{port}{PATH}")
+    # Who sends nothing, or does not stop, holds one of so many places for seconds, not the process.
+    uvicorn.run(
+        app, host=host, port=port, log_level="error", access_log=False, server_header=False, limit_concurrency=200
+    )
