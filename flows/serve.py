@@ -20,6 +20,7 @@ from registry.records import FoldinError, Refusal
 
 HOST = "127.0.0.1"
 PATIENCE = 120.0  # seconds a server may take to start; migrating an empty database on a busy machine takes 30
+TALKING = {"PREFECT_SERVER_LOG_RETRYABLE_ERRORS": "1"}  # why it answered 503, which else nobody learns
 TEMPORARY = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
 
 LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # pages only: without it MLflow keeps eight more processes
@@ -148,6 +149,7 @@ def _prefect(
         yield named
         return
     url = f"{page.url}/api"
+    environment = {**TALKING, **environment}
     with server_process(config, page, command, environment) as server, wiring.using_prefect(url, watched=watched):
         meanwhile()
         wait_for(page, server, log_of(config, page))

@@ -1,5 +1,6 @@
 """What one of many processes does, in a module that costs a new one little: it imports neither torch nor foldin."""
 
+from http import HTTPStatus
 from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
@@ -25,6 +26,8 @@ def register_some(uri, files, expert, numbers, folder):
 
 def watch_until(toml, many, broken):
     """Look again and again until so many experts have ended, as a service that hears of them late, twice or never."""
+    from prefect.exceptions import PrefectHTTPStatusError
+
     from flows.watch import watch
     from flows.wiring import house
     from registry.records import FoldinError
@@ -38,3 +41,7 @@ def watch_until(toml, many, broken):
         except FoldinError as error:
             if error.refusal.code not in {"E_LOCKED", "E_FENCED"}:  # another watcher is at it
                 raise
+        except PrefectHTTPStatusError as error:  # cannot be pickled, so it must not leave this process
+            if error.response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
+                raise RuntimeError(str(error)) from None
+            print("a watch failed because Prefect was not available", flush=True)  # a service just looks again
