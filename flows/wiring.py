@@ -168,9 +168,10 @@ def webhook_secrets() -> tuple[bytes, ...]:
     """
     text, file = os.environ.get("FOLDIN_WEBHOOK_SECRET", ""), os.environ.get("FOLDIN_WEBHOOK_SECRET_FILE", "")
     try:
-        found = (Path(file).read_text(encoding="utf-8") if file and not text else text).split()
+        lines = (Path(file).read_text(encoding="utf-8") if file and not text else text).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise _no_secret("the file of FOLDIN_WEBHOOK_SECRET_FILE cannot be read", type(error).__name__) from error
+    found = [each.strip() for each in lines if each.strip()]
     if not found or min(map(len, found)) < SHORTEST_SECRET:
         raise _no_secret("there is no secret for webhooks, or a short one", "a short one" if found else "none")
     return tuple(each.encode() for each in found)

@@ -1,4 +1,4 @@
-"""The connection to one MLflow, and its errors as foldin's. With its three neighbours the only file that imports it."""
+"""The connection to one MLflow, and its errors as foldin's. With its neighbours the only file that imports it."""
 
 import logging
 import re

@@ -104,7 +104,10 @@ def test_other_places_are_taken_as_they_are(write, key, value):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("registy = {}", ["unknown table 'registy'", "Expected one of lines, registry", "Did you mean 'registry'"]),
+        (
+            "registy = {}",
+            ["unknown table 'registy'", "Expected one of lines, receiver, registry", "Did you mean 'registry'"],
+        ),
         ('[registry]\nledger = "x"', ["unknown key 'ledger' in [registry]", "Did you mean 'ledger_url'"]),
         (f'{LINE}metod = "opcm"', ["unknown key 'metod' in [lines.demo]", "Did you mean 'method'"]),
         (f'{LINE}"\\u001b[31m" = 1', [r"unknown key '\x1b[31m' in [lines.demo]"]),
@@ -129,6 +132,8 @@ def test_other_places_are_taken_as_they_are(write, key, value):
         ("[registry]\nkeep_thin = 2.5", ["keep_thin is out of range", "a whole number", "Found 2.5"]),
         ("[registry]\ncache = inf", ["cache is out of range", "gigabytes, 0 or more", "Found inf"]),
         ("[registry]\nlease_seconds = inf", ["lease_seconds is out of range", "Found inf"]),
+        ("[receiver]\nport = 70000", ["[receiver] port is out of range", "from 1 to 65535", "Found 70000"]),
+        ('[receiver]\nurl = "here"', ["[receiver] url is no address", "http(s)://HOST/PATH", "Found here"]),
         ('[registry]\nhome = "foldin.toml"', ["home is not a folder", "Expected a folder", "foldin.toml"]),
         ('[lines.demo]\nbase = "x"\nexperts = []', ["experts names no registered model", "Found []"]),
         ('[lines.demo]\nbase = "x"\nexperts = ["a/b"]', ["experts names no registered model", "Found 'a/b'"]),

@@ -10,7 +10,7 @@ import pytest
 from evaluation.gate import Rules
 from flows.cli import cli
 from flows.config import load
-from flows.options import LineConfig, RegistryConfig, SearchConfig, SigningConfig
+from flows.options import LineConfig, ReceiverConfig, RegistryConfig, SearchConfig, SigningConfig
 from merging import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +62,7 @@ def test_every_method_has_its_paragraph():
     ("heading", "kind"),
     [
         ("`[registry]`", RegistryConfig),
+        ("`[receiver]`", ReceiverConfig),
         ("`[lines.NAME]`", LineConfig),
         ("`[lines.NAME.gate]`", Rules),
         ("`[lines.NAME.search]`", SearchConfig),
@@ -99,7 +100,7 @@ def test_one_place_per_concern():
     """The rule of the house that no import contract can say."""
     homes = {
         "mlflow": {
-            *(f"registry/mlflow_{part}.py" for part in ("files", "link", "models", "runs", "store")),
+            *(f"registry/mlflow_{part}.py" for part in ("files", "link", "models", "runs", "store", "webhooks")),
             "experiments/plain_client.py",
         },
         "safetensors": {"registry/weights.py"},
