@@ -23,9 +23,9 @@ from benchmarks.harness import Run, Side, compare, ratios, summary
 from benchmarks.step import EXPERTS, Bench, prepared
 from benchmarks.telling import carry_out, document, options
 from flows.config import Config
+from flows.environment import prepare_environment
 from flows.options import RegistryConfig
 from flows.serve import temporary_prefect
-from flows.wiring import prepare_environment
 from registry.files import sha256_file
 
 Written = list[dict[str, str]]  # per run: file -> digest

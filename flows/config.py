@@ -3,11 +3,11 @@
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from evaluation.approval import APPROVALS
-from flows.options import LineConfig, ReceiverConfig, RegistryConfig, SearchConfig, SigningConfig
+from flows.options import LineConfig, ReceiverConfig, RegistryConfig, SearchConfig, SigningConfig, StackConfig
 from flows.tables import EXAMPLES, as_table, check_keys, check_number, read_table, refused
 from registry.records import FoldinError, Refusal
 
@@ -28,6 +28,7 @@ class Config:
     registry: RegistryConfig
     lines: Mapping[str, LineConfig]
     receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
+    stack: StackConfig = field(default_factory=StackConfig)
     file: str = DEFAULT_FILE.name  # in that folder
 
     @property
@@ -78,13 +79,14 @@ def parse(text: str, path: Path) -> Config:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise refused(path, "the file is not TOML", "TOML 1.0", str(error)) from error
-    check_keys(path, "", table, {"registry", "receiver", "lines"})
+    check_keys(path, "", table, {"registry", "receiver", "stack", "lines"})
     lines = as_table(path, "lines", table.get("lines", {}))
     return Config(
         folder=path.parent,
         registry=_registry(path, table.get("registry", {})),
         lines={name: _line(path, name, row) for name, row in lines.items()},
         receiver=_receiver(path, table.get("receiver", {})),
+        stack=_stack(path, table.get("stack", {})),
         file=path.name,
     )
 
@@ -115,10 +117,21 @@ def _registry(path: Path, value: object) -> RegistryConfig:
 
 def _receiver(path: Path, value: object) -> ReceiverConfig:
     found = read_table(path, "receiver", ReceiverConfig, value)
-    check_number(path, "[receiver] port", found.port, "a whole number from 1 to 65535", 1, 65535, whole=True)
+    _check_port(path, "[receiver] port", found.port)
     if found.url and not found.url.startswith(("http://", "https://")):
         raise refused(path, "[receiver] url is no address", "http(s)://HOST/PATH", found.url)
     return found
+
+
+def _stack(path: Path, value: object) -> StackConfig:
+    found = read_table(path, "stack", StackConfig, value)
+    for key, port in asdict(found).items():
+        _check_port(path, f"[stack] {key}", port)
+    return found
+
+
+def _check_port(path: Path, where: str, port: float) -> None:
+    check_number(path, where, port, "a whole number from 1 to 65535", 1, 65535, whole=True)
 
 
 def _line(path: Path, name: str, value: object) -> LineConfig:

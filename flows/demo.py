@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from flows.comparing import compare
 from flows.config import Config, load
+from flows.environment import prepare_environment
 from flows.serve import temporary_prefect
 from flows.setup import write_line
 from flows.telling import bar, say, speak
-from flows.wiring import House, artifact_root, house, prepare_environment, tracking_uri
+from flows.wiring import House, artifact_root, house, tracking_uri
 from registry.records import Decision, FoldinError, Refusal
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 from uuid import NAMESPACE_URL, uuid5
 
 from evaluation.escape import clean
+from flows.environment import openlineage_key
 from flows.memory import Memory
 from flows.telling import say
 from flows.versions import Version, find_merge
-from flows.wiring import openlineage_key, tracking_uri
+from flows.wiring import tracking_uri
 from flows.work import Work
 from registry.records import FoldinError
 

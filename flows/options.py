@@ -35,6 +35,15 @@ class ReceiverConfig:
 
 
 @dataclass(frozen=True)
+class StackConfig:
+    """`[stack]`: the services that `foldin up` keeps running on this machine."""
+
+    mlflow_port: float = 5000.0
+    prefect_port: float = 4200.0
+    s3_port: float = 9000.0
+
+
+@dataclass(frozen=True)
 class SearchConfig:
     """`[lines.NAME.search]`: what is tried when the gate rejects an expert, on the rows kept for tuning."""
 

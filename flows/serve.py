@@ -1,43 +1,25 @@
 """What keeps running: the deployments of every line, and the pages to look at."""
 
 import logging
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from flows import wiring
 from flows.config import Config
+from flows.environment import prefect_api_url, using_prefect
+from flows.processes import HOST, Page, free_port, log_of, server_process, wait_for
 from flows.telling import say
 from registry.records import FoldinError, Refusal
 
-HOST = "127.0.0.1"
-PATIENCE = 120.0  # seconds a server may take to start; migrating an empty database on a busy machine takes 30
 TALKING = {"PREFECT_SERVER_LOG_RETRYABLE_ERRORS": "1"}  # why it answered 503, which else nobody learns
 TEMPORARY = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
 
 LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # pages only: without it MLflow keeps eight more processes
-
-
-class Page(NamedTuple):
-    """One server that is to run."""
-
-    name: str  # "Prefect"
-    port: int
-    option: str  # of the command line, that chooses another port; "" when the port is any free one
-    health: str  # path that answers once the server is up
-
-    @property
-    def url(self) -> str:
-        """Where it will answer."""
-        return f"http://{HOST}:{self.port}"
 
 
 def deployments(config: Config, config_file: str) -> list[Any]:
@@ -142,7 +124,7 @@ def _prefect(
     watched: bool,
 ) -> Iterator[str]:
     """The API that PREFECT_API_URL names, or that of a new server, named there while the block runs."""
-    named = wiring.prefect_api_url()
+    named = prefect_api_url()
     if named:
         _check_answers(named)
         meanwhile()
@@ -150,7 +132,7 @@ def _prefect(
         return
     url = f"{page.url}/api"
     environment = {**TALKING, **environment}
-    with server_process(config, page, command, environment) as server, wiring.using_prefect(url, watched=watched):
+    with server_process(config, page, command, environment) as server, using_prefect(url, watched=watched):
         meanwhile()
         wait_for(page, server, log_of(config, page))
         try:
@@ -161,42 +143,13 @@ def _prefect(
                 handler.flush()
 
 
-@contextmanager
-def server_process(
-    config: Config, page: Page, command: list[str], environment: Mapping[str, str]
-) -> "Iterator[subprocess.Popen[bytes]]":
-    """A server that is starting; it ends with the block, or with this process, however that ends."""
-    _check_free(page)
-    config.home.mkdir(parents=True, exist_ok=True)
-    with open(log_of(config, page), "ab") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "flows.tether", *command],
-            env=wiring.child_environment(environment),
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # who kills our process group must not kill the one that ends the server
-        )
-    assert server.stdin is not None
-    try:
-        yield server
-    finally:
-        server.stdin.close()
-        server.wait()
-
-
-def log_of(config: Config, page: Page) -> Path:
-    """What a server says."""
-    return config.home / f"{page.name.split()[0].lower()}-server.log"
-
-
 def named_prefect() -> str:
     """The URL of the Prefect API that the environment names.
 
     Raises:
         FoldinError: E_SERVER when none is named, or it does not answer.
     """
-    url = wiring.prefect_api_url()
+    url = prefect_api_url()
     if not url:
         what, remedy = "no Prefect server is named", "set PREFECT_API_URL, such as to http://127.0.0.1:4200/api"
         raise FoldinError(Refusal("E_SERVER", what, "the environment", expected="PREFECT_API_URL", remedy=remedy))
@@ -212,41 +165,3 @@ def _check_answers(url: str) -> None:
     except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
         what, remedy = "the Prefect API does not answer", "start that server, or unset PREFECT_API_URL"
         raise FoldinError(Refusal("E_SERVER", what, url, found=str(error), remedy=remedy)) from error
-
-
-def free_port() -> int:
-    """A port that nobody listens at now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _check_free(page: Page) -> None:
-    """Nothing, when the port is free. Whoever else listens there would be taken for the new server."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, page.port))
-        except OSError as error:
-            raise FoldinError(_refused(page, "the port is taken", "a free port", error.strerror or "")) from error
-
-
-def wait_for(page: Page, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Until the server answers, or E_SERVER when it ended or stayed silent."""
-    patience = time.monotonic() + PATIENCE
-    while server.poll() is None and time.monotonic() < patience:
-        try:
-            with urllib.request.urlopen(f"{page.url}{page.health}", timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.1)
-    ended = f"exit status {server.returncode}" if server.poll() is not None else f"no answer in {PATIENCE:.0f} s"
-    raise FoldinError(_refused(page, "the server did not start", "", f"{ended}; its words are in {log}"))
-
-
-def _refused(page: Page, what: str, expected: str, found: str) -> Refusal:
-    where = f"{page.name} at {HOST}:{page.port}"
-    remedy = f"choose another port with {page.option}" if page.option else "read the log, then run again"
-    if page.name == "Prefect":
-        remedy += f", or use the server that runs there: PREFECT_API_URL=http://{HOST}:{page.port}/api"
-    return Refusal("E_SERVER", what, where, "", "", expected, found, remedy)

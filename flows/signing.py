@@ -6,9 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from flows.environment import signing_passphrase
 from flows.options import LineConfig, SigningConfig
 from flows.versions import verified
-from flows.wiring import House, signing_passphrase
+from flows.wiring import House
 from registry.files import read_json, sha256_file, shown
 from registry.intake import Admitted, copied
 from registry.manifests import MANIFEST, SIGNATURE

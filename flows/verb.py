@@ -20,7 +20,7 @@ REJECTED = 3
 def prepared(options: dict[str, Any]) -> "Config":
     """The configuration, with the environment set before anything slow is imported."""
     from flows.config import load
-    from flows.wiring import prepare_environment
+    from flows.environment import prepare_environment
 
     config = load(options["config_file"])
     prepare_environment(config, verbose=options["debug"])

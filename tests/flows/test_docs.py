@@ -110,7 +110,7 @@ def test_one_place_per_concern():
         "openlineage": {"flows/emitting.py"},
         "sqlalchemy": {f"registry/{name}.py" for name in ("database", "history", "leases", "ledger", "rows", "schema")},
         "alembic": {"registry/database.py"},
-        "os.environ": {"flows/wiring.py"},
+        "os.environ": {"flows/environment.py"},
     }
     for concern, home in homes.items():
         pattern = re.compile(

@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 from experiments.plain_client import move_alias, register_expert
 from flows.config import load
 from flows.deliveries import ID, SIGNATURE, STAMP, sign
-from flows.serve import free_port, mlflow_server
+from flows.processes import free_port
+from flows.serve import mlflow_server
 from flows.wiring import house
 
 pytestmark = pytest.mark.integration

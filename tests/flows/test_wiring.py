@@ -10,6 +10,7 @@ import pytest
 
 from flows import wiring
 from flows.config import load
+from flows.environment import child_environment, prefect_api_url, prepare_environment, using_prefect
 from flows.options import LineConfig, SearchConfig
 
 SETTINGS = LineConfig(base="base", experts=("demo-experts",), suites={"city": "suites/city"})
@@ -60,7 +61,7 @@ def test_the_folders_of_a_house_lie_below_home_one_scratch_a_line(tmp_path):
 def test_the_environment_is_set_and_what_the_user_set_stays(tmp_path, environment, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "9")
     monkeypatch.setenv("PREFECT_HOME", "mine")
-    wiring.prepare_environment(configured(tmp_path))
+    prepare_environment(configured(tmp_path))
     assert (environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], environment["PREFECT_HOME"]) == ("9", "mine")
     assert environment["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] == "CRITICAL"
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
@@ -68,7 +69,7 @@ def test_the_environment_is_set_and_what_the_user_set_stays(tmp_path, environmen
 
 
 def test_an_mlflow_that_is_away_is_given_up_within_seconds(tmp_path, environment):
-    wiring.prepare_environment(configured(tmp_path), verbose=True)
+    prepare_environment(configured(tmp_path), verbose=True)
     retries = int(environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
     waits = [0, *(2 * 2**number for number in range(1, retries))]  # MLflow's backoff factor is 2
     assert sum(waits) + retries < 15, "with a second of jitter each"
@@ -78,13 +79,13 @@ def test_an_mlflow_that_is_away_is_given_up_within_seconds(tmp_path, environment
 def test_the_prefect_api_is_named_to_this_process_and_its_children_while_the_block_runs(environment):
     from prefect.settings import PREFECT_API_URL
 
-    assert wiring.prefect_api_url() == ""
+    assert prefect_api_url() == ""
     before = PREFECT_API_URL.value()
-    with wiring.using_prefect("http://127.0.0.1:4200/api", watched=True):
-        assert wiring.prefect_api_url() == wiring.child_environment({})["PREFECT_API_URL"]
+    with using_prefect("http://127.0.0.1:4200/api", watched=True):
+        assert prefect_api_url() == child_environment({})["PREFECT_API_URL"]
         # prefect was imported before, and read its settings then
-        assert wiring.prefect_api_url() == PREFECT_API_URL.value() == "http://127.0.0.1:4200/api"
-    assert wiring.prefect_api_url() == ""
+        assert prefect_api_url() == PREFECT_API_URL.value() == "http://127.0.0.1:4200/api"
+    assert prefect_api_url() == ""
     assert PREFECT_API_URL.value() == before
 
 

@@ -12,7 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.config import load
-from flows.serve import HOST, LEAN, Page, free_port, log_of, server_process, wait_for
+from flows.processes import HOST, Page, free_port, log_of, server_process, wait_for
+from flows.serve import LEAN
 from flows.stack import servers
 from registry import far
 from registry.files import hash_tree, sha256_file

@@ -1,4 +1,4 @@
-"""The verbs around MLflow's webhooks: receive them, have them sent, have them sent no more."""
+"""The verbs of who runs foldin: all services up or down, MLflow's webhooks received and asked for."""
 
 import sys
 from typing import Any
@@ -14,8 +14,8 @@ from flows.verb import prepared
 def receive(options: dict[str, Any]) -> None:
     """Receive MLflow's webhooks and wake the lines that they are about, until interrupted."""
     config = prepared(options)
+    from flows.environment import webhook_secrets
     from flows.serve import named_prefect
-    from flows.wiring import webhook_secrets
 
     secrets = webhook_secrets()
     named_prefect()
@@ -34,7 +34,8 @@ def webhook() -> None:
 def install(options: dict[str, Any]) -> None:
     """Have MLflow send webhooks to the address of [receiver], and try one."""
     config = prepared(options)
-    from flows.wiring import tracking_uri, webhook_secrets
+    from flows.environment import webhook_secrets
+    from flows.wiring import tracking_uri
 
     secret = webhook_secrets()[0]
     busy("talking to MLflow")
@@ -61,3 +62,24 @@ def remove(options: dict[str, Any]) -> None:
 
     count = Webhooks(tracking_uri(config), config.receiver.address).remove()
     say(f"{count} webhook{'s' * (count != 1)} removed.")
+
+
+@click.command(short_help="Start everything on this machine.")
+@click.option("--detach", is_flag=True, help="Return once everything answers.")
+@click.pass_obj
+def up(options: dict[str, Any], detach: bool) -> None:
+    """Start PostgreSQL, a store, MLflow, Prefect, a worker and the receiver, and keep them running."""
+    config = prepared(options)
+    from flows import upkeep
+
+    (upkeep.detach if detach else upkeep.up)(options["config_file"], config)
+
+
+@click.command(short_help="End what `foldin up` started.")
+@click.pass_obj
+def down(options: dict[str, Any]) -> None:
+    """End every service that `foldin up` keeps running."""
+    config = prepared(options)
+    from flows.upkeep import down as end
+
+    say("All services ended." if end(config) else "Nothing runs.")

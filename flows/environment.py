@@ -1,0 +1,134 @@
+"""The process's environment: what foldin reads there, what it sets for Prefect, MLflow and boto3, what children get."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.config import Config
+from registry.records import FoldinError, Refusal
+
+STORE_KEYS = {  # of a store on this machine, which asks for some and looks at none
+    **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "foldin"),
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+STORE_URLS = ("MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+SHORTEST_SECRET = 16  # characters, of a webhook's secret
+
+
+def prepare_environment(config: Config, *, verbose: bool = False) -> None:
+    """Settings that Prefect and MLflow read when they are imported; what the user set stays."""
+    home = config.home
+    home.mkdir(parents=True, exist_ok=True)
+    defaults = {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if verbose else "CRITICAL",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "foldin",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # 5 s; 7 would hold a line for minutes, and the next watch tries again
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for large pages: half the time where memory is only passed through
+    }
+    if variables_file(config).exists():
+        lines = variables_file(config).read_text(encoding="utf-8").splitlines()
+        defaults |= dict(line.split("=", 1) for line in lines)
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+    for one, other in (STORE_URLS, STORE_URLS[::-1]):  # MLflow and boto3 name the same store differently
+        if one in os.environ:
+            os.environ.setdefault(other, os.environ[one])
+
+
+def prefect_api_url() -> str:
+    """The Prefect API that the environment names, the user's or that of `using_prefect`; "" when none."""
+    return os.environ.get("PREFECT_API_URL", "")
+
+
+@contextmanager
+def using_prefect(url: str, *, watched: bool) -> Iterator[None]:
+    """Send this process's flow runs, and those of its children, to a server while the block runs.
+
+    Args:
+        url: of the server's API.
+        watched: whether the server looks for runs that went silent. Where none does, nothing is sent for it: the end
+            of a run would wait up to a second for the next beat.
+    """
+    os.environ["PREFECT_API_URL"] = url
+    try:
+        # What was imported before read the environment then, and would start a server of its own.
+        from prefect import settings
+
+        beats = {} if watched else {settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with settings.temporary_settings({settings.PREFECT_API_URL: url, **beats}):
+            yield
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
+
+
+def signing_passphrase() -> bytes:
+    """What opens an encrypted signing key; b"" when the environment has none. Not to be shown or logged."""
+    return os.environb.get(b"FOLDIN_SIGNING_PASSPHRASE", b"")
+
+
+def openlineage_key() -> str:
+    """What an OpenLineage server knows this deployment by; "" when the environment has none. Not to be shown."""
+    return os.environ.get("OPENLINEAGE_API_KEY", "")
+
+
+def webhook_secrets() -> tuple[bytes, ...]:
+    """What MLflow's webhooks are signed with, the newest first: FOLDIN_WEBHOOK_SECRET, or the lines of a file.
+
+    Raises:
+        FoldinError: E_CONFIG when there is none, or one that is short. Not to be shown or logged.
+    """
+    text, file = os.environ.get("FOLDIN_WEBHOOK_SECRET", ""), os.environ.get("FOLDIN_WEBHOOK_SECRET_FILE", "")
+    try:
+        lines = (Path(file).read_text(encoding="utf-8") if file and not text else text).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _no_secret("the file of FOLDIN_WEBHOOK_SECRET_FILE cannot be read", type(error).__name__) from error
+    found = [each.strip() for each in lines if each.strip()]
+    if not found or min(map(len, found)) < SHORTEST_SECRET:
+        raise _no_secret("there is no secret for webhooks, or a short one", "a short one" if found else "none")
+    return tuple(each.encode() for each in found)
+
+
+def _no_secret(what: str, found: str) -> FoldinError:
+    expected = f"{SHORTEST_SECRET} or more characters in FOLDIN_WEBHOOK_SECRET, or a file in FOLDIN_WEBHOOK_SECRET_FILE"
+    remedy = "make one, such as with `openssl rand -hex 32`, and give it to `foldin receive` and `foldin webhook`"
+    return FoldinError(Refusal("E_CONFIG", what, "the environment", "", "", expected, found, remedy))
+
+
+def store_variables(url: str) -> dict[str, str]:
+    """What names an S3-compatible store on this machine to MLflow and boto3."""
+    return {**dict.fromkeys(STORE_URLS, url), **STORE_KEYS}
+
+
+@contextmanager
+def using_variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process and its children while the block runs."""
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+
+
+def variables_file(config: Config) -> Path:
+    """What `foldin up` leaves for every other process that works with its services: lines of KEY=VALUE."""
+    return config.home / "stack" / "variables.env"
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment for a child, with some settings over it."""
+    return {**os.environ, **extra}

@@ -1,0 +1,249 @@
+"""`foldin up` and `foldin down`: everything that a deployment on one machine needs, kept running."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flows import wiring
+from flows.config import Config, load
+from flows.environment import prefect_api_url, store_variables, using_variables, variables_file, webhook_secrets
+from flows.options import RegistryConfig
+from flows.processes import HOST, Page
+from flows.serve import TALKING
+from flows.stack import check_packages, mlflow, postgresql, registry_of, store
+from flows.supervising import Kept, Service, Supervisor
+from flows.telling import busy, say
+from registry.files import write_atomic, write_json
+from registry.records import FoldinError, Refusal
+
+POOL = "foldin-control"
+STATE = "state.json"
+ENDING = 90.0  # seconds that all services may take to end
+CALLS_HERE = {  # MLflow may send webhooks to this machine
+    "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+    "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+    "MLFLOW_WEBHOOK_CACHE_TTL": "5",
+}
+
+
+def up(config_file: Path, config: Config) -> None:
+    """Start every service, say where each is, and keep them until interrupted.
+
+    Raises:
+        FoldinError: E_SERVER when it runs already, a package or port is not there, or a service does not start;
+            E_CONFIG when the file names another registry.
+    """
+    check_packages()
+    folder = config.home / "stack"
+    _check_none_runs(config)
+    _check_registry(config_file, config)
+    variables, stop, ready = _variables(config, folder), threading.Event(), threading.Event()
+    with using_variables(variables), _stopped_by_signals(stop):
+        services = _services(config_file, config, folder)
+        supervisor = Supervisor(services, folder / "logs", lambda kept: _note(folder, kept, ready=ready.is_set()))
+        try:
+            busy("starting the services")
+            supervisor.start(stop)
+            if stop.is_set():
+                return
+            _install_webhook(load(config_file))
+            text = "".join(f"{key}={value}\n" for key, value in sorted(variables.items()))
+            write_atomic(variables_file(config), text.encode())
+            ready.set()
+            supervisor.note()
+            for each in services:
+                say(f"{each.page.name + ':':<12} {each.page.url if each.page.port else 'runs'}")
+            say(f"Logs are in {folder / 'logs'}. Ctrl-C or `foldin down` ends all.")
+            supervisor.keep(stop)
+        finally:
+            variables_file(config).unlink(missing_ok=True)
+            supervisor.end()
+            (folder / STATE).unlink(missing_ok=True)
+
+
+def detach(config_file: Path, config: Config) -> None:
+    """`up` in the background; returns once everything answers."""
+    folder = config.home / "stack"
+    _check_none_runs(config)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    log = folder / "logs" / "up.log"
+    command = [sys.executable, "-m", "flows.cli", "--config", str(config_file), "up"]
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    busy("starting the services")
+    while process.poll() is None:
+        found = state(config)
+        if found and found["ready"]:
+            for each in found["services"]:
+                say(f"{each['title'] + ':':<12} {each['url'] or 'runs'}")
+            say(f"Logs are in {log.parent}. `foldin down` ends all.")
+            return
+        time.sleep(0.2)
+    what, remedy = "the services did not start", "read the log, then run it again"
+    raise FoldinError(Refusal("E_SERVER", what, found=f"its words are in {log}", remedy=remedy))
+
+
+def down(config: Config) -> bool:
+    """End what `up` started; False when nothing runs.
+
+    Raises:
+        FoldinError: E_SERVER when it does not end.
+    """
+    found = state(config)
+    if not found:
+        return False
+    holder = str(found["holder"])
+    os.kill(int(holder.split(":")[1]), signal.SIGTERM)
+    busy("ending the services")
+    patience = time.monotonic() + ENDING
+    while not wiring.is_dead(holder):
+        if time.monotonic() > patience:
+            what, remedy = "the services do not end", "look at the process"
+            raise FoldinError(Refusal("E_SERVER", what, found=f"process {holder}", remedy=remedy))
+        time.sleep(0.1)
+    return True
+
+
+def state(config: Config) -> dict[str, Any] | None:
+    """What `up` last noted about its services; None when it does not run."""
+    try:
+        found: dict[str, Any] = json.loads((config.home / "stack" / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return None if wiring.is_dead(str(found["holder"])) else found
+
+
+def _services(config_file: Path, config: Config, folder: Path) -> tuple[Service, ...]:
+    """All, in the order in which they need each other."""
+    ports, databases = config.stack, folder / "postgresql"
+    hooks = {**CALLS_HERE, "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": _kept_secret(folder / "mlflow.key", _fernet_key)}
+    registry = mlflow(int(ports.mlflow_port), databases, hooks)
+
+    def name_registry() -> None:
+        _write_registry(config_file, registry_of(databases, registry.page.url))
+
+    port, pages = str(int(ports.prefect_port)), {"PREFECT_UI_API_URL": prefect_api_url()}
+    prefect = _python("prefect", "server", "start", "--host", HOST, "--port", port)
+    pool = _python("flows.pooling", str(config_file), POOL)
+    receiver = _python("flows.cli", "--config", str(config_file), "receive")
+    receives = Page("receiver", int(config.receiver.port), "", "/healthz")
+    return (
+        postgresql(databases),
+        store(int(ports.s3_port)),
+        replace(registry, prepare=name_registry),
+        Service(Page("Prefect", int(port), "", "/api/health"), lambda: prefect, {**TALKING, **pages}),
+        Service(Page("worker", 0, "", ""), lambda: pool, {"PREFECT_WORKER_QUERY_SECONDS": "1"}),
+        Service(receives, lambda: receiver),
+    )
+
+
+def _variables(config: Config, folder: Path) -> dict[str, str]:
+    """What every process that works with these services has in its environment."""
+    secret = folder / "webhook.secret"
+    _kept_secret(secret, lambda: secrets.token_hex(32))
+    store_url = f"http://{HOST}:{config.stack.s3_port:.0f}"
+    return {
+        "PREFECT_API_URL": f"http://{HOST}:{config.stack.prefect_port:.0f}/api",
+        "MLFLOW_TRACKING_URI": f"http://{HOST}:{config.stack.mlflow_port:.0f}",
+        "FOLDIN_WEBHOOK_SECRET_FILE": str(secret),
+        **store_variables(store_url),
+    }
+
+
+def _kept_secret(file: Path, make: Callable[[], str]) -> str:
+    """The secret in a file that only its owner may read; made when there is none."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as output:
+            output.write(make())
+    return file.read_text(encoding="utf-8")
+
+
+def _fernet_key() -> str:
+    from cryptography.fernet import Fernet
+
+    return Fernet.generate_key().decode()
+
+
+def _python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def _check_none_runs(config: Config) -> None:
+    found = state(config)
+    if found:
+        what, remedy = "the services of this folder run already", "use them, or end them with `foldin down`"
+        raise FoldinError(Refusal("E_SERVER", what, found=f"process {found['holder']}", remedy=remedy))
+
+
+def _check_registry(config_file: Path, config: Config) -> None:
+    """Nothing, when the file names no registry, or the one that is started here."""
+    named, here = config.registry.tracking_uri, f"http://{HOST}:{config.stack.mlflow_port:.0f}"
+    lines = (config.home / "ledger.db").exists()
+    if named not in {"", here} or (not named and lines):
+        what = "the file names another registry" if named else "the lines of this folder are in an embedded registry"
+        remedy = "start the services in a folder of their own"
+        raise FoldinError(Refusal("E_CONFIG", what, str(config_file), "", "", here, named or "ledger.db", remedy))
+
+
+def _write_registry(config_file: Path, registry: RegistryConfig) -> None:
+    """Name the services in foldin.toml; what is there already stays as it is."""
+    import tomlkit
+
+    document = tomlkit.parse(config_file.read_text(encoding="utf-8"))
+    table = document.setdefault("registry", tomlkit.table())
+    wanted = {key: getattr(registry, key) for key in ("tracking_uri", "artifact_root", "ledger_url")}
+    if any(table.get(key) != value for key, value in wanted.items()):
+        table.update(wanted)
+        write_atomic(config_file, tomlkit.dumps(document).encode())
+        say(f"{config_file.name}: [registry] names these services")
+
+
+def _install_webhook(config: Config) -> None:
+    from flows.hints import EVENTS
+    from registry.mlflow_webhooks import Webhooks
+
+    refusal = Webhooks(config.registry.tracking_uri, config.receiver.address).install(
+        EVENTS, webhook_secrets()[0].decode()
+    )
+    if refusal:
+        say(f"warning: {refusal}")
+
+
+def _note(folder: Path, kept: Sequence[Kept], *, ready: bool) -> None:
+    """Let others know what runs."""
+    rows = [
+        {
+            "name": each.service.name,
+            "title": each.service.page.name,
+            "url": each.service.page.url if each.service.page.port else "",
+            "pid": each.process.pid if each.process else None,
+            "restarts": each.restarts,
+            "log": str(each.log),
+        }
+        for each in kept
+    ]
+    write_json(folder / STATE, {"holder": wiring.holder(), "ready": ready, "services": rows})
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set `stop`, so that everything ends in order."""
+    before = {each: signal.signal(each, lambda number, frame: stop.set()) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
