@@ -10,7 +10,7 @@ import pytest
 from evaluation.gate import Rules
 from flows.cli import cli
 from flows.config import load
-from flows.options import LineConfig, ReceiverConfig, RegistryConfig, SearchConfig, SigningConfig
+from flows.options import LineConfig, ReceiverConfig, RegistryConfig, SearchConfig, SigningConfig, StackConfig
 from merging import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +63,7 @@ def test_every_method_has_its_paragraph():
     [
         ("`[registry]`", RegistryConfig),
         ("`[receiver]`", ReceiverConfig),
+        ("`[stack]`", StackConfig),
         ("`[lines.NAME]`", LineConfig),
         ("`[lines.NAME.gate]`", Rules),
         ("`[lines.NAME.search]`", SearchConfig),
