@@ -1,18 +1,19 @@
 """What a webhook of MLflow may be about: a hint to look, never a reason to believe what it says."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from flows.options import LineConfig
 
 EVENTS = ("model_version.created", "model_version_alias.created")  # what is asked of MLflow
 
 
-def lines_for(body: bytes, lines: Mapping[str, LineConfig]) -> dict[str, str]:
+def lines_for(body: bytes, lines: Mapping[str, LineConfig], champion: Callable[[str], int | None]) -> dict[str, str]:
     """Line -> a name of what happened, of every line that should look now: the same event has the same name.
 
-    A new version of a watched model wakes the lines that watch it; a moved alias wakes the line whose model it is of.
-    Lines that fold by night or by hand are left alone.
+    A new version of a watched model wakes the lines that watch it. An alias `champion` that stands elsewhere than
+    `champion(line)`, the ledger's, wakes the line whose model it is of: foldin itself moves it after the ledger. Lines
+    that fold by night or by hand are left alone.
 
     Raises:
         ValueError: this is no event of MLflow's.
@@ -28,6 +29,7 @@ def lines_for(body: bytes, lines: Mapping[str, LineConfig]) -> dict[str, str]:
     awake = {line: each for line, each in lines.items() if each.trigger == "on-register"}
     if kind == "model_version.created":
         return {line: f"{name} v{version}" for line, each in awake.items() if name in each.experts}
-    if kind == "model_version_alias.created" and name in awake:
-        return {name: f"{name}@{facts.get('alias')} {event.get('timestamp')}"}
+    moved = kind == "model_version_alias.created" and facts.get("alias") == "champion" and name in awake
+    if moved and version != str(champion(name)):
+        return {name: f"{name}@champion on v{version} {event.get('timestamp')}"}
     return {}

@@ -4,9 +4,10 @@ It decides nothing: a woken line asks MLflow itself. What is lost on the way, th
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -20,6 +21,9 @@ from flows.telling import logger, say
 from flows.waking import Waker, make_run
 from registry.records import FoldinError
 
+if TYPE_CHECKING:
+    from registry.ledger import Ledger
+
 PATH = "/mlflow"
 MOST_BYTES = 2**16  # of a delivery; MLflow's are below 2 KB unless a description is long
 MOST_AT_ONCE = 200  # connections; more are told to come again
@@ -29,9 +33,11 @@ PATIENCE = 10.0  # seconds for a delivery's bytes to come
 class Receiver:
     """The answers to deliveries."""
 
-    def __init__(self, config: Config, deliveries: Deliveries, waker: Waker) -> None:
-        """Wake the lines of `config` through `waker`, for what `deliveries` believes."""
-        self._config, self._deliveries, self._waker = config, deliveries, waker
+    def __init__(
+        self, config: Config, deliveries: Deliveries, waker: Waker, champion: Callable[[str], int | None]
+    ) -> None:
+        """Wake the lines of `config` through `waker`, for what `deliveries` believes; `champion` is the ledger's."""
+        self._config, self._deliveries, self._waker, self._champion = config, deliveries, waker, champion
 
     async def deliver(self, request: Request) -> Response:
         """200: acted on, or nothing to do; 401: not believed; 413, 408, 400: not readable; 503: try again."""
@@ -51,7 +57,7 @@ class Receiver:
 
     async def _act(self, identity: str, body: bytes) -> int:
         try:
-            found = lines_for(body, self._config.lines)
+            found = await asyncio.to_thread(lines_for, body, self._config.lines, self._champion)
         except ValueError:
             return 400
         try:
@@ -75,14 +81,21 @@ async def _read(request: Request) -> bytes | None:
     return bytes(body)
 
 
-def application(config: Config, deliveries: Deliveries) -> Starlette:
+def application(config: Config, deliveries: Deliveries, ledger: "Ledger") -> Starlette:
     """The receiver as an ASGI application that speaks with the Prefect API of the environment."""
+
+    def champion(line: str) -> int | None:
+        try:
+            return ledger.line(line).champion
+        except FoldinError:
+            return None  # not started yet, or the ledger is away: let the line look
+
     from prefect.client.orchestration import get_client
 
     @asynccontextmanager
     async def alive(app: Starlette) -> AsyncIterator[None]:
         async with get_client() as client:
-            app.state.receiver = Receiver(config, deliveries, Waker(partial(make_run, client)))
+            app.state.receiver = Receiver(config, deliveries, Waker(partial(make_run, client)), champion)
             yield
 
     return Starlette(routes=[Route(PATH, _deliver, methods=["POST"]), Route("/healthz", _healthz)], lifespan=alive)
@@ -101,8 +114,11 @@ def receive(config: Config, secrets: tuple[bytes, ...]) -> None:
     """Receive until interrupted."""
     import uvicorn
 
+    from flows.wiring import ledger_url
+    from registry.ledger import Ledger
+
     host, port = config.receiver.host, int(config.receiver.port)
-    app = application(config, Deliveries(secrets))
+    app = application(config, Deliveries(secrets), Ledger(ledger_url(config)))
     say(f"Webhooks: http://{host}:{port}{PATH}")
     # Who sends nothing, or does not stop, holds one of so many places for seconds, not the process.
     uvicorn.run(

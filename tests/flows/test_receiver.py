@@ -71,8 +71,9 @@ def runs():
 def send(config, runs):
     """A function: send deliveries one after the other to the real application; the answers."""
     deliveries = Deliveries((SECRET, OLDER), clock=lambda: NOW)
-    app = application(config, deliveries)
-    app.state.receiver = Receiver(config, deliveries, Waker(runs.make, quiet=0.0))
+    app = application(config, deliveries, None)
+    waker = Waker(runs.make, quiet=0.0)
+    app.state.receiver = Receiver(config, deliveries, waker, {"support": 5}.get)
 
     def sending(*several):
         async def speak():
@@ -169,7 +170,13 @@ def test_a_receiver_needs_a_secret():
         (event(), {"support": "support-experts v7"}),
         (event("unknown"), {}),
         (event("sleeper-experts"), {}),
-        (event("support", "2", "model_version_alias", alias="champion"), {"support": "support@champion 2027-01-15"}),
+        (
+            event("support", "2", "model_version_alias", alias="champion"),
+            {"support": "support@champion on v2 2027-01-15"},
+        ),
+        (event("support", "5", "model_version_alias", alias="champion"), {}),
+        (event("support", "2", "model_version_alias", alias="best"), {}),
+        (event("sales", "2", "model_version_alias", alias="champion"), {"sales": "sales@champion on v2 2027-01-15"}),
         (event("sleeper", "2", "model_version_alias", alias="champion"), {}),
         (event("support-experts", "2", "model_version_alias", alias="best"), {}),
         (event(kind="prompt"), {}),
@@ -177,7 +184,7 @@ def test_a_receiver_needs_a_secret():
     ],
 )
 def test_what_an_event_may_be_about(config, body, woken):
-    assert lines_for(body, config.lines) == woken
+    assert lines_for(body, config.lines, {"support": 5}.get) == woken
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b"null", b'{"data": []}', b"\xff", b"[" * 10_000])
