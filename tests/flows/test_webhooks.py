@@ -43,10 +43,11 @@ def toml(tmp_path_factory, furnish):
     house.cache_clear()
 
 
-def foldin(toml, *arguments, **environment):
-    command = [sys.executable, "-m", "flows.cli", "--config", str(toml), *arguments]
-    environment = {**os.environ, "FOLDIN_WEBHOOK_SECRET": SECRET, **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run(toml, verbs, monkeypatch):
+    """A function: a verb in this process, with the tests' secret -> exit code, stdout, stderr."""
+    monkeypatch.setenv("FOLDIN_WEBHOOK_SECRET", SECRET)
+    return verbs(toml)
 
 
 @contextmanager
@@ -98,12 +99,12 @@ def deployed(toml, prefect):
     return prefect
 
 
-def test_a_registration_and_a_moved_alias_make_a_run_each(toml, deployed, zoo):
+def test_a_registration_and_a_moved_alias_make_a_run_each(toml, deployed, zoo, run):
     url, hooked = load(toml).registry.tracking_uri, load(toml).receiver.address
     with receiving(toml, deployed):
-        installed = foldin(toml, "webhook", "install")
-        assert (installed.returncode, installed.stderr.count("A trial delivery arrived")) == (0, 1), installed.stderr
-        assert installed.stdout == f"{hooked}: model_version.created, model_version_alias.created\n"
+        code, out, err = run("webhook", "install")
+        assert (code, err.count("A trial delivery arrived")) == (0, 1), err
+        assert out == f"{hooked}: model_version.created, model_version_alias.created\n"
         before = len(woken(deployed))
         version = register_expert(url, "tiny-experts", zoo / "expert-1", "words")
         registered = time.monotonic()
@@ -119,34 +120,34 @@ def test_a_registration_and_a_moved_alias_make_a_run_each(toml, deployed, zoo):
         assert {run["parameters"]["line"] for run in runs} == {"tiny"}
 
 
-def test_installing_again_changes_what_is_there_and_removing_leaves_others_alone(toml, deployed):
+def test_installing_again_changes_what_is_there_and_removing_leaves_others_alone(toml, deployed, run):
     client = MlflowClient(*2 * [load(toml).registry.tracking_uri])
     other = client.create_webhook("other", "https://example.com/hook", ["model_version.created"])
     with receiving(toml, deployed):
-        assert foldin(toml, "webhook", "install").returncode == 0
-        assert foldin(toml, "webhook", "install").returncode == 0
+        assert run("webhook", "install")[0] == 0
+        assert run("webhook", "install")[0] == 0
     mine = [each for each in client.list_webhooks() if each.url == load(toml).receiver.address]
     assert len(mine) == 1
-    removed = foldin(toml, "webhook", "remove")
-    assert removed.stderr == "1 webhook removed.\n"
+    assert run("webhook", "remove") == (0, "", "1 webhook removed.\n")
     assert [each.webhook_id for each in client.list_webhooks()] == [other.webhook_id]
     client.delete_webhook(other.webhook_id)
 
 
-def test_a_receiver_that_is_not_there_is_told_by_install(toml):
-    found = foldin(toml, "webhook", "install")
-    assert found.returncode == 1
-    assert "E_WEBHOOK" in found.stderr
-    assert "Start `foldin receive` with the same secret" in found.stderr
-    assert foldin(toml, "webhook", "remove").returncode == 0
+def test_a_receiver_that_is_not_there_is_told_by_install(run):
+    code, _, err = run("webhook", "install")
+    assert code == 1
+    assert "E_WEBHOOK" in err
+    assert "Start `foldin receive` with the same secret" in err
+    assert run("webhook", "remove")[0] == 0
 
 
-def test_another_secret_is_told_by_install(toml, deployed):
+def test_another_secret_is_told_by_install(toml, deployed, run, monkeypatch):
     with receiving(toml, deployed):
-        found = foldin(toml, "webhook", "install", FOLDIN_WEBHOOK_SECRET="quite another secret")
-    assert "expected status 200" in found.stderr.lower()
-    assert "status 401" in found.stderr
-    assert foldin(toml, "webhook", "remove").returncode == 0
+        monkeypatch.setenv("FOLDIN_WEBHOOK_SECRET", "quite another secret")
+        code, _, err = run("webhook", "install")
+    assert code == 1
+    assert "Expected status 200. Found status 401" in err
+    assert run("webhook", "remove")[0] == 0
 
 
 def test_without_a_deployment_the_delivery_is_to_come_again(toml, prefect):
@@ -168,15 +169,24 @@ def test_without_a_deployment_the_delivery_is_to_come_again(toml, prefect):
 
 
 @pytest.mark.parametrize("secret", ["", "short"])
-def test_a_receiver_does_not_start_without_a_good_secret(toml, prefect, secret):
-    found = foldin(toml, "receive", FOLDIN_WEBHOOK_SECRET=secret)
-    assert found.returncode == 1
-    assert "E_CONFIG" in found.stderr
-    assert "openssl rand" in found.stderr
+def test_a_receiver_does_not_start_without_a_good_secret(run, monkeypatch, secret):
+    monkeypatch.setenv("FOLDIN_WEBHOOK_SECRET", secret)
+    code, _, err = run("receive")
+    assert code == 1
+    assert "E_CONFIG" in err
+    assert "openssl rand" in err
 
 
-def test_a_database_sends_no_webhooks(workshop):
-    found = foldin(workshop / "foldin.toml", "webhook", "install")
-    assert found.returncode == 1
-    assert "E_WEBHOOK" in found.stderr
-    assert "MLflow sends webhooks only from a server" in found.stderr
+def test_a_receiver_does_not_start_without_a_prefect(run, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL")
+    code, _, err = run("receive")
+    assert code == 1
+    assert "E_SERVER the environment: no Prefect server is named" in err
+
+
+def test_a_database_sends_no_webhooks(workshop, verbs, monkeypatch):
+    monkeypatch.setenv("FOLDIN_WEBHOOK_SECRET", SECRET)
+    code, _, err = verbs(workshop / "foldin.toml")("webhook", "install")
+    assert code == 1
+    assert "E_WEBHOOK" in err
+    assert "MLflow sends webhooks only from a server" in err
