@@ -15,7 +15,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from registry.far import is_mirror, look_again, mirror, note_far, store
 from registry.files import shown, sweep
 from registry.manifests import MANIFEST, verify_manifest
-from registry.mlflow_link import Link, unreachable
+from registry.mlflow_link import Link, missing, unreachable
 from registry.records import DAY, FoldinError, Refusal
 
 
@@ -65,7 +65,7 @@ class Files:
     def single(self, line: str, version: int, name: str, folder: Path) -> Path | None:
         """One file of a version as it is stored now, downloaded into a folder; None when there is none."""
         with self._link.reached():
-            artifacts = get_artifact_repository(self._link.client.get_model_version_download_uri(line, str(version)))
+            artifacts = get_artifact_repository(self._uri(line, version))
             if all(each.path != name for each in artifacts.list_artifacts(name.rpartition("/")[0] or None)):
                 return None
             return Path(artifacts.download_artifacts(name, str(folder)))
@@ -73,19 +73,17 @@ class Files:
     def there(self, line: str, version: int) -> bool:
         """Whether anything lies behind a version."""
         with self._link.reached():
-            uri = self._link.client.get_model_version_download_uri(line, str(version))
-            return bool(get_artifact_repository(uri).list_artifacts())
+            return bool(get_artifact_repository(self._uri(line, version)).list_artifacts())
 
     def names(self, line: str, version: int) -> set[str]:
         """What lies directly behind a version, by its listing: files and folders."""
         with self._link.reached():
-            uri = self._link.client.get_model_version_download_uri(line, str(version))
-            return {each.path for each in get_artifact_repository(uri).list_artifacts()}
+            return {each.path for each in get_artifact_repository(self._uri(line, version)).list_artifacts()}
 
     def sizes(self, line: str, version: int) -> dict[str, int]:
         """Path -> bytes of what lies behind a version, by its listing; {} when there is nothing."""
         with self._link.reached():
-            artifacts = get_artifact_repository(self._link.client.get_model_version_download_uri(line, str(version)))
+            artifacts = get_artifact_repository(self._uri(line, version))
             folders, found = [""], dict[str, int]()
             while folders:
                 for each in artifacts.list_artifacts(folders.pop() or None):
@@ -96,14 +94,13 @@ class Files:
     def remove(self, line: str, version: int) -> None:
         """Remove what lies behind a version, and what was brought here of it."""
         with self._link.reached():
-            uri = self._link.client.get_model_version_download_uri(line, str(version))
-            get_artifact_repository(uri).delete_artifacts()
+            get_artifact_repository(self._uri(line, version)).delete_artifacts()
         self.forget(line, version)
 
     def drop(self, line: str, version: int, names: Iterable[str]) -> None:
         """Remove some of the files behind a version, and what was brought here of it; what is gone already is well."""
         with self._link.reached():
-            uri = self._link.client.get_model_version_download_uri(line, str(version))
+            uri = self._uri(line, version)
             for name in names:
                 if uri.startswith("s3://"):
                     store().remove(f"{uri}/{name}")
@@ -148,11 +145,23 @@ class Files:
         within = name.rpartition("/")[0] or None
         self._link.client.log_model_artifact(model.model_id, str(path), within)
 
+    def _uri(self, model: str, version: int) -> str:
+        """Where a version's files are. MLflow's own way to ask reads every version of the registered model first."""
+        client = self._link.client
+        source = client.get_model_version(model, str(version)).source
+        try:
+            if source.startswith("models:/m-"):
+                return str(client.get_logged_model(source.removeprefix("models:/")).artifact_location)
+        except MlflowException as error:
+            if not missing(error):
+                raise
+        return str(client.get_model_version_download_uri(model, str(version)))
+
     def _behind(self, model: str, version: int, target: Path, *, ours: bool = False) -> Path:
         """The local folder of a version's artifacts: E_SOURCE when they are gone, E_MLFLOW when nobody can be asked."""
         with self._link.reached():
             try:
-                uri = self._link.client.get_model_version_download_uri(model, str(version))
+                uri = self._uri(model, version)
                 get_artifact_repository(uri)  # raises for a scheme that nobody serves
                 return self._local(uri, f"{model} v{version}", target, ours=ours)
             except MlflowException as error:
