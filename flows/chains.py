@@ -16,7 +16,7 @@ def check_versions_of(house: House, line: str, registered: set[int]) -> Iterator
     known = {merge.version: merge for merge in rows if merge.version is not None}
     unnamed = {house.mlflow.registered(line, merge.merge_key) for merge in rows if merge.version is None}
     for version in sorted(registered - known.keys() - unnamed):
-        remedy = "leave it; foldin folds only into versions that it registered"
+        remedy = "delete it in MLflow: foldin folds only into versions that it registered"
         yield Refusal(
             "E_VERSION", "MLflow has a version that the ledger does not know", f"{line} v{version}", remedy=remedy
         )

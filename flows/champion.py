@@ -108,9 +108,18 @@ def reconcile(house: House, lease: Lease, told: Told) -> bool:
 def agree(house: House, lease: Lease, told: Told, then: str) -> None:
     """As `reconcile`, for those who need the line: E_BLOCKED when it is not free, with what comes `then`."""
     if not reconcile(house, lease, told):
-        what = house.ledger.line(lease.line).blocked
-        remedy = f"move the alias champion to a version that passed, then {then}"
-        raise FoldinError(Refusal("E_BLOCKED", what, f"line {lease.line}", remedy=remedy))
+        raise FoldinError(_blocked(lease.line, house.ledger.line(lease.line).blocked, f", then {then}"))
+
+
+def blocked(house: House, line: str) -> Refusal | None:
+    """Why nothing is folded into a line until a person has moved the alias; None when nothing is in the way."""
+    because = house.ledger.line(line).blocked
+    return _blocked(line, because) if because else None
+
+
+def _blocked(line: str, because: str, then: str = "") -> Refusal:
+    remedy = f"move the alias champion to a version that passed{then}"
+    return Refusal("E_BLOCKED", because, f"line {line}", remedy=remedy)
 
 
 def mend_served(house: House, lease: Lease, told: Told) -> None:

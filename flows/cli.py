@@ -114,12 +114,15 @@ def watch(options: dict[str, Any], line: str | None, as_json: bool) -> NoReturn:
     names = [line] if line else sorted(config.lines)
     outcomes, errors = [], []
     with prefect_for(options, names):
+        from flows.champion import blocked
         from flows.watch import watch as look
         from flows.wiring import house
 
         for name in names:
             try:
                 outcomes += look(name, str(options["config_file"]))
+                refusal = blocked(house(str(options["config_file"])), name)
+                errors += [FoldinError(refusal)] if refusal else []
             except FoldinError as error:  # one line's trouble is not the others'
                 errors.append(error)
         if not (errors or outcomes):

@@ -7,7 +7,7 @@ from hashlib import sha256
 
 from flows.archives import check_archives
 from flows.chains import check_versions_of
-from flows.champion import check_target
+from flows.champion import blocked, check_target
 from flows.leftovers import abandoned
 from flows.settings import check_settings
 from flows.versions import extents
@@ -46,14 +46,13 @@ def check_line(house: House, line: str) -> Iterator[Refusal]:
     except FoldinError as error:
         yield error.refusal
     try:
-        facts = house.ledger.line(line)
+        house.ledger.line(line)
         seen = house.mlflow.champion(line)
         registered = set(house.mlflow.versions(line))
     except FoldinError as error:
-        yield error.refusal
+        yield _lost(house, line) if error.refusal.code == "E_LINE" else error.refusal
         return
-    if facts.blocked:
-        yield Refusal("E_BLOCKED", facts.blocked, f"line {line}", remedy="move the alias to a version that passed")
+    yield from filter(None, [blocked(house, line)])
     yield from _check_champion(house, line, seen)
     yield from _check_candidate(house, line)
     yield from _check_aliases(house, line, seen)
@@ -66,6 +65,20 @@ def check_line(house: House, line: str) -> Iterator[Refusal]:
         yield from _check_history(house, line)
     yield from check_versions_of(house, line, registered)
     yield from check_archives(house, line)
+
+
+def _lost(house: House, line: str) -> Refusal:
+    """Of a line that the ledger does not know: never started, or known to MLflow alone."""
+    try:
+        versions = house.mlflow.versions(line)
+    except FoldinError as error:
+        return error.refusal
+    if not versions:
+        what, remedy = "the line has not been started", f"start it with `foldin init {line}`"
+        return Refusal("E_LINE", what, f"line {line}", remedy=remedy)
+    what, remedy = "MLflow has the line and the ledger does not", "put it back with `foldin doctor --rebuild`"
+    found = f"versions {versions[0]} to {versions[-1]} in MLflow"
+    return Refusal("E_LINE", what, f"line {line}", found=found, remedy=remedy)
 
 
 def _check_champion(house: House, line: str, seen: int | None) -> Iterator[Refusal]:

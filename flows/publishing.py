@@ -1,6 +1,5 @@
 """From a judged candidate to MLflow: its run, the tries of a search, the registered version."""
 
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from flows.folding import Candidate
 from flows.memory import Memory
 from flows.signing import sign_version
 from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Version
-from flows.wiring import CODE_FORMAT, House
+from flows.wiring import House, code_facts
 from registry.far import write_digests
 from registry.files import read_json, sha256_file
 from registry.manifests import MANIFEST, verify_manifest, write_manifest
@@ -99,13 +98,13 @@ def write_version_manifest(
             "parent": {"version": parent.number, "manifest_sha256": parent.manifest_sha256} if parent else None,
             "base_sha256": memory.base_sha256,
             "weights_sha256": memory.weights_sha256,
-            "experts": [list(expert) for expert in memory.experts],
+            "experts": [expert._asdict() for expert in memory.experts],
             "method": memory.method,
-            "parameters": dict(memory.parameters),
+            "parameters": memory.used,
             "suites": dict(memory.suites),
             "verdict": verdict.outcome,
             "profile": dict(memory.profile),
-            "code": {"format": CODE_FORMAT, "version": importlib.metadata.version("foldin")},
+            "code": code_facts(),
         },
         known,
     )

@@ -7,7 +7,7 @@ from flows.telling import say
 from flows.wiring import House
 from registry.files import read_json, sha256_file
 from registry.history import read
-from registry.lineage import Extent, extents
+from registry.lineage import Extent, ancestry, extents
 from registry.manifests import MANIFEST
 from registry.records import FoldinError, Refusal
 
@@ -16,8 +16,8 @@ def rebuild(house: House) -> list[str]:
     """The configured lines that the ledger did not know and knows now.
 
     Raises:
-        FoldinError: E_HISTORY when there is no history of a line, or it and the versions contradict each other; lines
-            that were put back before stay.
+        FoldinError: E_HISTORY when there is no history of a line, or it and the versions contradict each other;
+            E_SOURCE when one that the champion grew from is gone. Lines that were put back before stay.
     """
     known = {line.name for line in house.ledger.lines()}
     lost = [line for line in sorted(house.config.lines) if line not in known and house.mlflow.versions(line)]
@@ -25,8 +25,13 @@ def rebuild(house: House) -> list[str]:
         document = read(house.mlflow.runs.history(line), line)
         versions = {row["version"]: row for row in document["merges"] if row["version"] is not None}
         told = extents((row["kind"], row["because"]) for row in document["events"])
+        there = set(house.mlflow.versions(line))
+        served = set(ancestry({each: row["parent"] for each, row in versions.items()}, document["line"]["champion"]))
         for version in sorted(each for each in versions if told.get(each) is not Extent.RETIRED):
-            _check(house, line, version, versions)
+            if version in there or version in served:
+                _check(house, line, version, versions)
+            else:
+                say(f"{line} v{version} was deleted in MLflow; the champion did not grow from it, so its row stays")
         house.ledger.restore(document)
         say(f"line {line}: {len(versions)} versions and {len(document['experts'])} experts put back from MLflow")
     return lost

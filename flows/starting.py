@@ -79,7 +79,7 @@ def _check_name_is_free(house: House, line: str, key: str) -> None:
                 what="MLflow has a registered model of the line's name that this ledger does not know",
                 where=f"line {line}",
                 found=f"{len(strange)} other versions" if strange else "an alias champion",
-                remedy="restore the ledger that belongs to it (ledger_url, home), or choose another name for the line",
+                remedy="if it was lost, put it back with `foldin doctor --rebuild`; else choose another name",
             )
         )
 

@@ -140,7 +140,7 @@ def look_at(house: House, line: str, number: int, *, whole: bool) -> Found:
         folder = _folder(house, line, merge, fresh=True)  # perhaps it was brought here while it was thin
     if whole:
         house.mlflow.files.look_again(folder)
-    wrong = verify_manifest(folder)
+    wrong = [replace(each, where=f"{line} v{number}") for each in verify_manifest(folder)]
     mine = [each for each in wrong if each.code == "E_DIGEST" and each.file in listed]
     others = tuple(each for each in wrong if each not in mine)
     if merge.parent is not None:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,16 @@ def _started(pid: int) -> str:
         return ""
     state, *rest = stat.rpartition(")")[2].split()
     return "" if state == "Z" else rest[18]
+
+
+@cache
+def code_facts() -> dict[str, Any]:
+    """Which foldin this is: its version, and the digest of its sources, which tells two builds of one version apart."""
+    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for package in ("evaluation", "flows", "merging", "registry"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return {"format": CODE_FORMAT, "version": version("foldin"), "sources_sha256": digest.hexdigest()}
 
 
 def merge_key(

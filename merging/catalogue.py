@@ -45,6 +45,12 @@ def build(name: str, parameters: Mapping[str, object]) -> Method:
     return METHODS[name](**parameters)
 
 
+def parameters_of(name: str, parameters: Mapping[str, object]) -> dict[str, object]:
+    """Every parameter of the method called `name`: those given, and the defaults of the others."""
+    known = inspect.signature(METHODS[name]).parameters
+    return {key: parameters.get(key, each.default) for key, each in known.items()}
+
+
 def _check_kind(name: str, value: object, default: object) -> None:
     wanted, word = ((str,), "a text") if isinstance(default, str) else ((int, float), "a number")
     if isinstance(value, bool) or not isinstance(value, wanted):

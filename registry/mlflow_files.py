@@ -193,5 +193,6 @@ class Files:
 
 
 def _nothing_there(where: str, found: str) -> Refusal:
-    what, remedy = "there are no artifacts at the version's source", "upload them and register a new version"
+    what = "there are no artifacts at the version's source"
+    remedy = "restore them; an expert's can be uploaded and registered as a new version, a line can be rolled back"
     return Refusal("E_SOURCE", what, where, found=found, remedy=remedy)

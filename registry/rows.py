@@ -89,7 +89,8 @@ def check_base(line: Line, base_sha256: str) -> None:
 
 def unknown_line(name: str, known: Sequence[str]) -> FoldinError:
     """The error to raise for a line that the ledger does not have."""
-    what, remedy = "no line of this name has been started", f"start it with `foldin init {name}`"
+    what = "no line of this name has been started"
+    remedy = f"start it with `foldin init {name}`; if the ledger was lost, put it back with `foldin doctor --rebuild`"
     expected = f"one of {', '.join(known)}" if known else ""
     return FoldinError(Refusal("E_LINE", what, f"line {name}", expected=expected, remedy=remedy))
 

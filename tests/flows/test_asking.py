@@ -167,7 +167,8 @@ def test_everything_can_be_read_with_an_mlflow_client_alone(toml, tmp_path):
     folder = mlflow.artifacts.download_artifacts(f"models:/tiny/{version.version}", dst_path=str(tmp_path))
     manifest = json.loads((tmp_path / "foldin/manifest.json").read_text())
     assert folder
-    assert [each[:3] for each in manifest["experts"]] == [["tiny-experts", 1, "task-1"], ["tiny-experts", 4, "task-2"]]
+    held = [(each["model"], each["version"], each["task"]) for each in manifest["experts"]]
+    assert held == [("tiny-experts", 1, "task-1"), ("tiny-experts", 4, "task-2")]
     assert manifest["parent"]["version"] == 2
     wanted = {"base_sha256", "weights_sha256", "method", "parameters", "suites", "verdict", "profile", "code"}
     assert wanted <= set(manifest)

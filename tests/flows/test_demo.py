@@ -90,8 +90,8 @@ def test_a_rollback_takes_less_than_ten_seconds_and_in_a_living_process_less_tha
     run = facts["folder"] / ".foldin-demo/run"
     begun = time.monotonic()
     done = foldin(run, "rollback", "demo", "--to", 5, "--because", "a drill")
+    process = time.monotonic() - begun
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begun < 10
     at, seconds = house(str(run / "foldin.toml")), []
     for target in (6, 5, 6):
         begun = time.monotonic()
@@ -100,6 +100,7 @@ def test_a_rollback_takes_less_than_ten_seconds_and_in_a_living_process_less_tha
         seconds.append(time.monotonic() - begun)
     at.ledger.close()
     house.cache_clear()
+    assert process < 10  # not before the champion is back: the tests below take it as it was
     assert max(seconds[1:]) < 1, seconds  # the first one imports
 
 

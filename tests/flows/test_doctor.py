@@ -166,7 +166,11 @@ def test_a_lost_ledger_comes_back_from_mlflow(at, toml, verbs, zoo, kept):
         for path in at.config.home.glob("ledger.db*"):
             path.unlink()
         code, out, _ = verb("--quiet", "doctor")
-        assert (code, "E_LINE line tiny" in out) == (1, True)
+        assert (code, "E_LINE line tiny: MLflow has the line and the ledger does not" in out) == (1, True)
+        assert "versions 1 to 3 in MLflow. Put it back with `foldin doctor --rebuild`" in out
+        for lost in (("log", "tiny"), ("watch", "tiny"), ("rollback", "tiny", "--because", "it is lost")):
+            code, _, said = verb(*lost)
+            assert (code, "foldin doctor --rebuild" in said) == (1, True), said
         code, out, said = verb("doctor", "--rebuild")
         assert (code, out) == (0, "")
         assert "line tiny: 3 versions and 4 experts put back from MLflow" in said
@@ -176,6 +180,42 @@ def test_a_lost_ledger_comes_back_from_mlflow(at, toml, verbs, zoo, kept):
         register_expert(tracking_uri(at.config), "tiny-experts", zoo / "expert-4", "task-4", artifact_root(at.config))
         assert verb("watch", "tiny")[:2] == (0, "tiny-experts v5: folded as v4\n")
         assert verb("--quiet", "doctor")[:2] == (0, "")
+
+
+def test_a_lost_ledger_comes_back_without_a_deleted_version_that_the_champion_did_not_grow_from(at, toml, verbs, kept):
+    verb = verbs(toml)
+    with kept(at):
+        assert verb("rollback", "tiny", "--to", "2", "--because", "so that version 3 is beside it")[0] == 0
+        lost_version(at, 3)
+        before = verb("--quiet", "log", "tiny", "--json")[1]
+        lose_ledger(at, toml)
+        code, out, said = verb("doctor", "--rebuild")
+        assert "tiny v3 was deleted in MLflow; the champion did not grow from it" in said
+        assert (code, "E_VERSION tiny v3: the ledger has a version that MLflow lost" in out) == (1, True)
+        assert verb("--quiet", "log", "tiny", "--json")[1] == before
+        lost_version(at, 1)
+        lose_ledger(at, toml)
+        code, _, said = verb("doctor", "--rebuild")
+        assert (code, "E_SOURCE tiny v1" in said) == (1, True)
+
+
+def lost_version(at, number):
+    at.mlflow._client.delete_model_version("tiny", str(number))
+
+
+def lose_ledger(at, toml):
+    house(str(toml)).ledger.close()
+    for path in at.config.home.glob("ledger.db*"):
+        path.unlink()
+
+
+def test_a_watch_of_a_blocked_line_ends_with_one_and_says_why(at, toml, verbs, kept):
+    with kept(at):
+        ungated_alias(at)
+        code, out, said = verbs(toml)("watch", "tiny")
+        assert (code, out) == (1, "")
+        assert "E_BLOCKED line tiny: the alias champion was moved by hand to version 4" in said
+        assert "Move the alias champion to a version that passed" in said
 
 
 def test_a_history_that_contradicts_the_versions_is_not_believed(at, toml, kept):

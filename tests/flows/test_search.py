@@ -85,7 +85,7 @@ def test_an_expert_that_fails_as_configured_is_folded_at_the_strength_that_passe
     assert (failed.data.metrics["chosen"], chosen.data.metrics["chosen"]) == (0.0, 1.0)
     # The parameters are in the lineage: of the version, of the run, and of the next fold.
     manifest = read_json(version.folder / "foldin/manifest.json")
-    assert manifest["parameters"] == {"strength": factor}
+    assert manifest["parameters"] == {"energy": 0.5, "strength": factor, "variant": "fusionbench"}
     run = at.mlflow._client.get_run(merge.run_id)
     assert json.loads(run.data.tags["foldin.parameters"]) == {"strength": factor}
     assert f"strength x {factor:g} is best" in run.data.tags["foldin.search"]
