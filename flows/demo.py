@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +87,7 @@ def _registry(config_file: Path, backend: str) -> Iterator[str]:
     from flows.stack import servers
 
     with servers(load(config_file)) as found:
-        named = {key: value for key, value in asdict(found).items() if key in NAMED}
-        yield "\n".join(["[registry]", *(f'{key} = "{value}"' for key, value in named.items()), ""])
+        yield "\n".join(["[registry]", *(f'{key} = "{getattr(found, key)}"' for key in NAMED), ""])
 
 
 def _tell(config_file: Path, base: Path | None, story: Story) -> None:

@@ -78,6 +78,7 @@ def make_expert(base, folder, seed, size=0.02):
 
 LONGEST = (
     *("test_approval.py", "test_kill.py", "test_loop.py", "test_serving.py", "test_bad_experts.py", "test_guarding.py"),
+    *("test_upkeep.py", "test_webhooks.py"),
     *("test_objects.py", "test_schedule.py", "test_programs.py", "test_search.py", "test_harness.py"),
     "test_page_in_a_browser.py",
 )
