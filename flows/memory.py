@@ -65,7 +65,7 @@ class Memory:
     @property
     def used(self) -> dict[str, Any]:
         """Every parameter of the method, defaults included."""
-        from merging import parameters_of
+        from merging.catalogue import parameters_of
 
         return parameters_of(self.method, self.parameters)
 
