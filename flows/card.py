@@ -66,7 +66,7 @@ def _scores(record: "Record") -> Iterator[str]:
 
 
 def _parameters(memory: Memory) -> str:
-    told = ", ".join(f"{key} = {value}" for key, value in memory.used.items())
+    told = ", ".join(f"{key} = {value}" for key, value in memory.parameters.items())
     return f" ({markdown(told)})" if told else ""
 
 

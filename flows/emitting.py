@@ -126,7 +126,7 @@ def _completed(work: Work, outcome: Mapping[str, Any]) -> "RunEvent":
         return _event(work, "COMPLETE", {}, _facts(work, said))
     merge = find_merge(work.house, work.lease.line, number)
     memory = Memory.read(work.house.mlflow.folder(work.lease.line, number), f"{work.lease.line} v{number}")
-    used = {"method": memory.method, "parameters": memory.used, "experts": len(memory.experts)}
+    used = {"method": memory.method, "parameters": dict(memory.parameters), "experts": len(memory.experts)}
     made = {"merge_key": merge.merge_key, "mlflow_run": merge.run_id, "verdict": str(merge.verdict.outcome)}
     digests = {"manifest_sha256": merge.manifest_sha256, "weights_sha256": memory.weights_sha256}
     output = (work.lease.line, number, digests)

@@ -168,9 +168,11 @@ def _memory(
     measures: "Sequence[Mapping[str, Measure]]",
     serving: Serving,
 ) -> dict[str, object]:
+    from merging.catalogue import parameters_of
+
     memory = Memory(
         method=recipe.method,
-        parameters=dict(recipe.parameters),
+        parameters=parameters_of(recipe.method, recipe.parameters),
         factor=recipe.factor,
         base_sha256=parent.memory.base_sha256,
         weights_sha256=serving.sha256,

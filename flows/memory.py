@@ -30,7 +30,7 @@ class Memory:
     """foldin/state.json: what a version remembers besides the slots, enough to fold the next expert or to replay."""
 
     method: str
-    parameters: Mapping[str, Any]  # those that are not the method's defaults, with what a search chose
+    parameters: Mapping[str, Any]  # all of the method's, with what a search chose
     base_sha256: str
     weights_sha256: str  # content digest of the serving weights
     stats: tuple[float, float, float] = (0.0, 0.0, 0.0)  # count, norm_sum, total_norm
@@ -61,13 +61,6 @@ class Memory:
                 "experts": tuple(Folded(*row) for row in table["experts"]),
             }
         )
-
-    @property
-    def used(self) -> dict[str, Any]:
-        """Every parameter of the method, defaults included."""
-        from merging.catalogue import parameters_of
-
-        return parameters_of(self.method, self.parameters)
 
     def owner(self, task: str) -> Folded | None:
         """The first expert folded for a task: its suite measures the task, its head (the last one's) serves it."""

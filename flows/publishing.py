@@ -107,7 +107,7 @@ def write_version_manifest(
             "weights_sha256": memory.weights_sha256,
             "experts": [expert._asdict() for expert in memory.experts],
             "method": memory.method,
-            "parameters": memory.used,
+            "parameters": dict(memory.parameters),
             "suites": dict(memory.suites),
             "verdict": verdict.outcome,
             "profile": dict(memory.profile),

@@ -74,7 +74,7 @@ def show(house: House, name: str, number: int | None) -> dict[str, Any]:
         "thin": version.thin,
         "base_sha256": memory.base_sha256,
         "method": memory.method,
-        "parameters": memory.used,
+        "parameters": dict(memory.parameters),
         "experts": [each._asdict() for each in memory.experts],
         "suites": dict(memory.suites),
         "profile": dict(memory.profile),

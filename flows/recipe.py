@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from flows.memory import Memory
 from flows.options import LineConfig
@@ -51,11 +51,9 @@ def strength_of(method: str) -> str:
 
 def strength(recipe: Recipe) -> float:
     """How strongly the total is read: what the parameters say, or the method's default; 1 where it has no strength."""
-    from inspect import signature
-
-    from merging import METHODS
+    from merging.catalogue import parameters_of
 
     key = strength_of(recipe.method)
     if not key:
         return 1.0
-    return float(recipe.parameters.get(key, signature(METHODS[recipe.method]).parameters[key].default))
+    return cast("float", parameters_of(recipe.method, recipe.parameters)[key])

@@ -143,11 +143,13 @@ def _build(folder: Path, copy: intake.Admitted, settings: LineConfig, digest: st
     """The base as a version's folder: its files as they are, an empty memory, an empty report."""
     from evaluation.page import as_html
     from evaluation.report import Record, as_json
+    from merging.catalogue import parameters_of
 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(copy.folder, folder, ignore=shutil.ignore_patterns(SIGNATURE))
     profile = numerics_profile("cpu" if settings.runner.pool else settings.device)  # nothing is computed here
-    memory = Memory(settings.method, dict(settings.parameters), digest, digest, profile=profile)
+    parameters = parameters_of(settings.method, settings.parameters)
+    memory = Memory(settings.method, parameters, digest, digest, profile=profile)
     write_json(folder / STATE_FILE, {"format": STATE_FORMAT, **asdict(memory)})
     record = Record(Report(digest, {}))
     write_json(folder / REPORT_FILE, as_json(record))

@@ -133,7 +133,7 @@ def test_killed_in_a_search_it_makes_the_same_choice(stocked, forge, undisturbed
     )
     assert forge.life(stocked)[1] == 0, forge.said()
     found = look_at(stocked)
-    assert open_version(house(str(toml)), "tiny", 4).memory.parameters == {"strength": 1.2}
+    assert open_version(house(str(toml)), "tiny", 4).memory.parameters["strength"] == 1.2
     assert found["runs"] == 2 + 3 * (1 + 3)  # the base, the history; each expert with its three tries
     assert found == undisturbed(stocked)
 

@@ -74,7 +74,7 @@ def test_an_expert_that_fails_as_configured_is_folded_at_the_strength_that_passe
     version = open_version(at, "digits", 3)
     factor = version.memory.factor
     assert factor < 1
-    assert version.memory.parameters == {"strength": factor}
+    assert version.memory.parameters["strength"] == factor
     # Both tries can be seen, with what they were and what came of them.
     merge = at.ledger.merges("digits")[-1]
     tries = children(at, merge.run_id)
@@ -87,7 +87,7 @@ def test_an_expert_that_fails_as_configured_is_folded_at_the_strength_that_passe
     manifest = read_json(version.folder / "foldin/manifest.json")
     assert manifest["parameters"] == {"energy": 0.5, "strength": factor, "variant": "fusionbench"}
     run = at.mlflow._client.get_run(merge.run_id)
-    assert json.loads(run.data.tags["foldin.parameters"]) == {"strength": factor}
+    assert json.loads(run.data.tags["foldin.parameters"]) == manifest["parameters"]
     assert f"strength x {factor:g} is best" in run.data.tags["foldin.search"]
     # The gate decided on other rows than the search, and passed.
     assert merge.verdict.passed
@@ -151,7 +151,7 @@ def test_a_search_that_chooses_otherwise_after_a_crash_never_mixes_verdict_and_w
     monkeypatch.setattr(merge, "wanted", lambda when, judged: False)
     assert [each["state"] for each in look()] == ["folded"]
     version = open_version(at, "tiny", 2)
-    assert version.memory.parameters == {"strength": strength}
+    assert version.memory.parameters["strength"] == strength
     assert at.ledger.merges("tiny")[-1].verdict.weights_sha256 == version.memory.weights_sha256
     assert at.mlflow.champion("tiny") == 2
 

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 
 from registry import database
 from registry.ledger import Ledger
@@ -331,6 +331,43 @@ def test_the_newest_migration_is_the_one_the_code_expects_and_makes_the_tables_i
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == database.HEAD
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
+
+
+def test_a_merge_of_several_experts_folds_them_all_and_takes_them_all_back(ledger):
+    lease = ledger.leases.claim("demo", "me", 60)
+    promote(ledger, lease, "k1", None, None, 1)
+    for version in (1, 2, 3):
+        enrol(ledger, version)
+    for each in ledger.experts("demo"):
+        ledger.note_digest(lease, each, f"{each.version}" * 64)
+    first, second, third = (each.id for each in ledger.experts("demo"))
+    merge = Merge("k2", "demo", third, 1, PASSED, also=(first, second))
+    ledger.record_verdict(lease, merge)
+    ledger.commit(lease, replace(merge, version=2, manifest_sha256="m" * 64))
+    assert ledger.merge("k2").experts == (first, second, third)
+    assert [each.state for each in ledger.experts("demo")] == [ExpertState.FOLDED] * 3
+    ledger.move(lease, "rollback", 1, "all of them", "me")
+    assert [each.state for each in ledger.experts("demo")] == [ExpertState.ROLLED_BACK] * 3
+
+
+def test_a_ledger_of_the_first_revision_is_brought_up_to_date_with_what_is_in_it(tmp_path):
+    from alembic import command
+    from alembic.config import Config
+
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(database.MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(text("INSERT INTO lines VALUES ('demo', 'b', 1, '', 0)"))
+        facts = "'demo', 'k1', NULL, NULL, 'passed', '{\"outcome\": \"passed\", \"checks\": []}', '', 1, 'm', 1, 0"
+        connection.execute(text(f"INSERT INTO merges VALUES (1, {facts})"))
+    engine.dispose()
+    ledger = Ledger(url)
+    assert ledger.merge("k1") == Merge("k1", "demo", None, None, PASSED, version=1, manifest_sha256="m")
+    ledger.close()
 
 
 def let_wait(ledger):
