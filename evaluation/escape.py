@@ -20,6 +20,15 @@ def clean(text: str, limit: int = 120) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def markdown(text: str, limit: int = 200) -> str:
+    r"""`clean` text that stays text in Markdown: no markup, no link, no end of a table's cell.
+
+    >>> print(markdown("[a](b) | c"))
+    \[a\]\(b\) \| c
+    """
+    return "".join(f"\\{mark}" if mark in r"\`*_{}[]()<>#|!&" else mark for mark in clean(text, limit))
+
+
 def _invisible(mark: str) -> bool:
     category = unicodedata.category(mark)
     return category.startswith("C") or category in ("Zl", "Zp")

@@ -82,8 +82,9 @@ def gate(candidate: Report, champion: Report, rules: Rules, split: str = "gate")
 
 
 def together(*verdicts: Verdict) -> Verdict:
-    """The verdict of the rungs that were asked: that of the last one, with all their checks."""
-    return Verdict(verdicts[-1].outcome, tuple(check for each in verdicts for check in each.checks))
+    """One verdict of several, of rungs or of experts: passed when all did, with all their checks, each once."""
+    refused = next((each.outcome for each in verdicts if not each.passed), Outcome.PASSED)
+    return Verdict(refused, tuple(dict.fromkeys(check for each in verdicts for check in each.checks)))
 
 
 def _verdict(answers: Sequence[Check]) -> Verdict:

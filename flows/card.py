@@ -6,7 +6,7 @@ Facts only, and no dates: equal versions have equal cards. https://huggingface.c
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from evaluation.escape import clean
+from evaluation.escape import markdown
 from flows.memory import Memory
 from flows.versions import Version
 
@@ -21,17 +21,17 @@ def card(line: str, parent: Version, memory: Memory, record: "Record") -> str:
     """The card of a version that was folded into `parent`; whatever strangers named is escaped."""
     parts = [
         *METADATA,
-        f"# {_plain(line)}",
+        f"# {markdown(line)}",
         "",
         f"A merge of {len(memory.experts)} fine-tuned experts of one base, folded one after the other by foldin "
-        f"with {_plain(memory.method)}{_parameters(memory)}.",
+        f"with {markdown(memory.method)}{_parameters(memory)}.",
         "It loads with transformers' `from_pretrained`; nothing of foldin is needed.",
         "",
         *_experts(memory),
         *_scores(record),
         "## Lineage",
         "",
-        *(f"- {name}: {_plain(text)}" for name, text in _lineage(parent, memory).items()),
+        *(f"- {name}: {markdown(text)}" for name, text in _lineage(parent, memory).items()),
         "",
     ]
     return "\n".join(parts)
@@ -43,8 +43,8 @@ def _experts(memory: Memory) -> Iterator[str]:
     yield "| | expert | task | weight | weights, SHA-256 |"
     yield "|---|---|---|---|---|"
     for place, each in enumerate(memory.experts, 1):
-        name = f"{_plain(each.model)} v{each.version}"
-        yield f"| {place} | {name} | {_plain(each.task)} | {each.weight:g} | `{each.weights_sha256[:16]}` |"
+        name = f"{markdown(each.model)} v{each.version}"
+        yield f"| {place} | {name} | {markdown(each.task)} | {each.weight:g} | `{each.weights_sha256[:16]}` |"
     yield ""
 
 
@@ -57,17 +57,17 @@ def _scores(record: "Record") -> Iterator[str]:
     yield "| task | metric | value | rows |"
     yield "|---|---|---|---|"
     for name, each in scores.items():
-        yield f"| {_plain(name)} | {each.metric} | {each.value:.3f} | {each.examples} |"
+        yield f"| {markdown(name)} | {each.metric} | {each.value:.3f} | {each.examples} |"
     verdict = record.verdict
     if verdict is not None:
         yield ""
-        yield f"The gate: {verdict.outcome}{f' ({_plain(verdict.reason, 400)})' if verdict.reason else ''}."
+        yield f"The gate: {verdict.outcome}{f' ({markdown(verdict.reason, 400)})' if verdict.reason else ''}."
     yield ""
 
 
 def _parameters(memory: Memory) -> str:
     told = ", ".join(f"{key} = {value}" for key, value in memory.used.items())
-    return f" ({_plain(told)})" if told else ""
+    return f" ({markdown(told)})" if told else ""
 
 
 def _lineage(parent: Version, memory: Memory) -> Mapping[str, str]:
@@ -79,8 +79,3 @@ def _lineage(parent: Version, memory: Memory) -> Mapping[str, str]:
         "numerics profile": ", ".join(f"{key} {value}" for key, value in memory.profile.items()),
         "everything": "foldin/manifest.json, foldin/state.json and foldin/report.json",
     }
-
-
-def _plain(text: str, limit: int = 200) -> str:
-    """A stranger's words as text: no markup, no link, no end of a table's cell."""
-    return "".join(f"\\{mark}" if mark in r"\`*_{}[]()<>#|!&" else mark for mark in clean(str(text), limit))

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from flows.asking import diff, log, report, score, show, status
-from flows.operating import down, receive, up, webhook
+from flows.operating import down, nightly, receive, up, webhook
 from flows.people import approve, archive, gc, reject, replay, requeue, rollback
 from flows.telling import busy, say
 from flows.verb import fail, finish, house_of, prefect_for, prepared
@@ -208,7 +208,7 @@ def ui(options: dict[str, Any], prefect_port: int, mlflow_port: int) -> None:
 
 
 PEOPLE = (status, log, show, diff, score, report, approve, reject, rollback, replay, requeue, archive, gc)
-for verb in (*PEOPLE, up, down, receive, webhook):
+for verb in (*PEOPLE, nightly, up, down, receive, webhook):
     cli.add_command(verb)
 
 

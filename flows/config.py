@@ -7,13 +7,25 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from evaluation.approval import APPROVALS
-from flows.options import LineConfig, ReceiverConfig, RegistryConfig, SearchConfig, SigningConfig, StackConfig
+from flows.blackout import FORM, window_of
+from flows.options import (
+    LineConfig,
+    ReceiverConfig,
+    RegistryConfig,
+    RunnerConfig,
+    SearchConfig,
+    SigningConfig,
+    StackConfig,
+)
 from flows.tables import EXAMPLES, as_table, check_keys, check_number, read_table, refused
 from registry.records import FoldinError, Refusal
 
 DEFAULT_FILE = Path("foldin.toml")
 SEARCHES = ("never", "on-reject", "always")
 TRIGGERS = ("on-register", "nightly", "manual")
+FALLBACKS = ("never", "cpu")
+MOST_AT_ONCE = 32  # experts of one pass; their names must fit into a tag of MLflow
+POOL = re.compile(r"(?!prefect)[A-Za-z0-9][A-Za-z0-9_-]*")  # what Prefect takes; it keeps its own name for itself
 BLOCK = re.compile(r"[a-z0-9][a-z0-9-]*/[A-Za-z0-9][A-Za-z0-9_-]*")  # of Prefect: TYPE/NAME
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a line: names a registered model, a folder, deployments
 PLAIN = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
@@ -149,6 +161,11 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
             raise refused(path, f"{where} notify names no block", "TYPE/NAME, such as slack-webhook/ops", repr(slug))
     for key, least in {"interval": 0.1, "upload_patience": 0.0, "evaluation_seconds": 0.1}.items():
         _check_seconds(path, f"{where} {key}", getattr(line, key), least)
+    check_number(
+        path, f"{where} batch", line.batch, f"a whole number from 1 to {MOST_AT_ONCE}", 1, MOST_AT_ONCE, whole=True
+    )
+    _check_blackout(path, f"{where} blackout", line.blackout)
+    _check_runner(path, f"[lines.{name}.runner]", line.runner)
     _check_experts(path, f"{where} experts", name, line.experts)
     _check_search(path, f"[lines.{name}.search]", line.search)
     suites, guards = (
@@ -170,6 +187,22 @@ def _signing(path: Path, where: str, found: SigningConfig) -> SigningConfig:
     key, certificate = (str(_absolute(path, each)) if each else "" for each in (found.key, found.certificate))
     versions, experts = (tuple(str(_absolute(path, each)) for each in some) for some in (found.versions, found.experts))
     return SigningConfig(key, certificate, versions, experts)
+
+
+def _check_blackout(path: Path, where: str, windows: tuple[str, ...]) -> None:
+    for text in windows:
+        try:
+            window_of(text)
+        except ValueError as error:
+            raise refused(path, f"{where} is no time of the week", FORM, repr(text)) from error
+
+
+def _check_runner(path: Path, where: str, runner: RunnerConfig) -> None:
+    if runner.pool and not POOL.fullmatch(runner.pool):
+        raise refused(path, f"{where} pool names no work pool", "letters, digits, '_' and '-'", repr(runner.pool))
+    if runner.fallback not in FALLBACKS:
+        raise refused(path, f"{where} fallback is unknown", f"one of {', '.join(FALLBACKS)}", repr(runner.fallback))
+    _check_seconds(path, f"{where} patience", runner.patience, 0.0)
 
 
 def _check_search(path: Path, where: str, search: SearchConfig) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from registry.weights import Checkpoint
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
-DONE_FILE = "folded.json"  # beside the candidate: the digests of a finished fold, so that a restart goes on from it
+DONE_FILE = "fold.json"  # beside the candidate: the digests of a finished fold, so that a restart goes on from it
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Candidate:
 
     folder: Path
     memory: Memory
-    overlap: Mapping[str, Mapping[str, float]]  # per layer: norms, cosine with the total, share removed
-    shares: tuple[float, float]  # of the last expert's change: by norm along the total, by its square removed
+    overlap: Mapping[str, Mapping[str, float]]  # of the last expert, per layer: norms, cosine with the total, removed
+    shares: tuple[tuple[float, float], ...]  # of each expert's change: by norm along the total, by its square removed
     files: Mapping[str, str]  # path below the folder -> SHA-256, of what the fold wrote
 
 
@@ -61,7 +61,7 @@ def fold(
         (scratch / DONE_FILE).unlink(missing_ok=True)
         _make(scratch, settings, recipe, base, parent, experts, progress)
     done, folder = read_json(scratch / DONE_FILE), scratch / "candidate"
-    return Candidate(folder, Memory.read(folder), done["overlap"], tuple(done["shares"]), done["files"])
+    return Candidate(folder, Memory.read(folder), done["overlap"], tuple(map(tuple, done["shares"])), done["files"])
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ def _make(
     write_json(folder / STATE_FILE, _memory(recipe, parent, experts, plan, stats, measures, serving))
     known = {f"{STATE_FOLDER}/{part.file}": recorded_sha256(records, part) for part in parts}
     files = hash_tree(folder, {**known, **serving.files})
-    moved = {name: each for name, each in measures[-1].items() if not plan.is_statistic(name)}
-    facts = {"files": files, "overlap": summarise(measures[-1]), "shares": shares(moved), "recipe": recipe._asdict()}
-    write_json(scratch / DONE_FILE, facts)
+    moved = [{name: one for name, one in each.items() if not plan.is_statistic(name)} for each in measures]
+    facts = {"files": files, "overlap": summarise(measures[-1]), "shares": [*map(shares, moved)]}
+    write_json(scratch / DONE_FILE, {**facts, "recipe": recipe._asdict()})
 
 
 def _clear(folder: Path, parts: Collection[str]) -> None:

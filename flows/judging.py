@@ -1,7 +1,7 @@
 """The three rungs of the gate, the cheapest first: what is measured for each, and where the climb ends."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -57,27 +57,38 @@ class Judged:
     seconds: Mapping[str, float] = field(default_factory=dict)  # rung, or "search" -> what it took
 
 
-def contest(bench: Bench, rules: "Rules", parent: Version, expert: Admitted, candidate: Candidate) -> Contest:
-    """What a candidate and its champion are held to."""
+def contests(
+    bench: Bench, rules: "Rules", parent: Version, experts: Sequence[Admitted], candidate: Candidate
+) -> list[Contest]:
+    """What a candidate and its champion are held to, expert by expert: to each one's task and all that were known."""
     after = known_tasks(bench.house, bench.settings, candidate.memory, candidate.folder)
     own = {name: task_of(after[name].suite, parent.folder) for name in parent.memory.tasks}
-    return Contest(bench, rules, parent, expert, {**after, **own}, after)
+    new = {each.task for each in experts} - own.keys()
+
+    def of(expert: Admitted) -> Contest:
+        mine = {name: each for name, each in after.items() if name not in new - {expert.task}}
+        return Contest(bench, rules, parent, expert, {**mine, **own}, mine)
+
+    return [of(expert) for expert in experts]
 
 
-def climb(at: Contest, candidate: Candidate) -> Judged:
-    """Ask rung after rung until one refuses the candidate or none is left."""
+def climb(contests: Sequence[Contest], candidate: Candidate) -> Judged:
+    """Ask rung after rung, for every expert, until one refuses the candidate or none is left."""
     from evaluation.gate import together
 
-    seconds: dict[str, float] = {}
-    verdict, report, champion = None, Report("", {}), Report("", {})
+    seconds, verdicts = dict[str, float](), list[Verdict]()
     for name, ask in RUNGS.items():
         with timed(seconds, name):
-            found, report, champion = ask(at, candidate)
-        verdict = together(verdict, found) if verdict else found
-        if not found.passed:
+            answers, reports, champions = zip(*(ask(at, candidate) for at in contests), strict=True)
+        verdicts.append(together(*answers))
+        if not verdicts[-1].passed:
             break
-    assert verdict is not None, "there is a rung"
-    return Judged(candidate, verdict, report, champion, seconds=seconds)
+    return Judged(candidate, together(*verdicts), _joined(reports), _joined(champions), seconds=seconds)
+
+
+def _joined(reports: Sequence[Report]) -> Report:
+    """The last one, with what all of one model measured."""
+    return replace(reports[-1], scores={name: each for report in reports for name, each in report.scores.items()})
 
 
 @step("free rung")
@@ -86,7 +97,7 @@ def free_rung(at: Contest, candidate: Candidate) -> tuple[Verdict, Report, Repor
     from evaluation.gate import free
 
     empty = Report(candidate.memory.weights_sha256, {}, at.expert.task)
-    return free(fold_of(candidate), at.rules), empty, Report(at.parent.memory.weights_sha256, {})
+    return free(fold_of(candidate, at.expert), at.rules), empty, Report(at.parent.memory.weights_sha256, {})
 
 
 @step("canary")
@@ -113,12 +124,14 @@ def full_rung(at: Contest, candidate: Candidate) -> tuple[Verdict, Report, Repor
 RUNGS: Mapping[str, Rung] = {"free": free_rung, "canary": canary_rung, "full": full_rung}
 
 
-def fold_of(candidate: Candidate) -> "Fold":
-    """What is known of a fold before anything is measured."""
+def fold_of(candidate: Candidate, expert: Admitted) -> "Fold":
+    """What is known of an expert's fold before anything is measured."""
     from evaluation.gate import Fold
 
-    *earlier, last = candidate.memory.experts
-    return Fold(last.delta_norm / last.weight, [each.delta_norm / each.weight for each in earlier], *candidate.shares)
+    experts = candidate.memory.experts
+    place = max(place for place, each in enumerate(experts) if (each.model, each.version) == expert.name)
+    *earlier, norm = (each.delta_norm / each.weight for each in experts[: place + 1])
+    return Fold(norm, earlier, *candidate.shares[place - len(experts)])
 
 
 def with_expert(at: Contest, report: Report, rows: Rows) -> Report:

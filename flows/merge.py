@@ -1,41 +1,39 @@
 """The flow that folds one expert: admit, fold, score, gate, register, promote. It reads as that sentence."""
 
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow
-from prefect.exceptions import TerminationSignal
 
 from flows import showing
 from flows.admission import Admitted, admit, declared_task
 from flows.approval import hold
 from flows.champion import follow, reconcile
 from flows.emitting import emitted
-from flows.faults import is_out_of_memory, refused_by_system
 from flows.folding import Candidate, fold
-from flows.judging import Judged, climb, contest
+from flows.judging import Judged, climb, contests
 from flows.leasing import held
 from flows.notifying import notify
 from flows.options import LineConfig
+from flows.placing import placed
 from flows.publishing import show_try
 from flows.recipe import Recipe, recipe_of
 from flows.recording import recorded, registered
 from flows.scoring import Bench
 from flows.search import search, wanted
 from flows.settings import check_settings
+from flows.sparing import sparing
 from flows.steps import step
 from flows.telling import bar, say
 from flows.waiting import stands_still
 from flows.wiring import House, house
 from flows.work import Work, work_on
-from registry.files import shown, sweep
+from registry.files import sweep
 from registry.records import DAY, Expert, ExpertState, ExpertVersion, FoldinError, Lease, Merge, Refusal
 from registry.verdicts import Outcome
 
@@ -48,59 +46,47 @@ TAG_PATIENCE = 10.0  # seconds between creating a version and tagging it that a 
 
 
 @flow(name="merge-expert", flow_run_name="{line}: next expert", persist_result=False)
-def merge_expert(line: str, config_file: str = "foldin.toml") -> dict[str, Any] | None:
+def merge_expert(line: str, config_file: str = "foldin.toml", fallback: str = "") -> dict[str, Any] | None:
     """Fold the first expert that waits in a line; what became of it, or None when none can be folded now.
 
-    A repeated run finds what an earlier one finished; a run that was overtaken can write nothing.
+    A repeated run finds what an earlier one finished; a run that was overtaken can write nothing. `fallback` says why
+    the line's work pool does not fold it.
     """
     at = house(config_file)
-    settings = at.config.line(line)
+    settings, fallback = placed(at.config.line(line), fallback)
     at.ledger.line(line)
     check_settings(settings, line)
     with held(at, line, told=say) as lease:
         waiting = at.ledger.experts(line, ExpertState.PENDING)
         if not waiting or not reconcile(at, lease, say) or stands_still(at, line):
             return None
-        try:
-            with surroundings():
-                outcome = fold_expert(at, settings, lease, waiting[0])
-        except FoldinError as error:
-            # What is the expert's fault is a refusal by now; this is not, so it does not count against the expert.
-            if error.refusal.code != "E_FENCED":
-                at.ledger.clear_attempts(lease, waiting[0])
-            raise FoldinError(of_line(line, error.refusal)) from error
-        except (KeyboardInterrupt, TerminationSignal):
-            at.ledger.clear_attempts(lease, waiting[0])  # a person or the platform ended the run, not the expert
-            raise
+        note_fallback(at, lease, waiting[:1], fallback)
+        with sparing(at, lease, waiting[:1]):
+            outcome = fold_expert(at, settings, lease, waiting[0])
     if outcome is not None:
         notify(settings, line, outcome)
     return outcome
 
 
-def of_line(line: str, refusal: Refusal) -> Refusal:
-    """The same, with the line's name in it."""
-    named = line in re.split(r"[\s,]+", refusal.where)
-    return refusal if named else replace(refusal, where=", ".join(filter(None, (f"line {line}", refusal.where))))
-
-
-@contextmanager
-def surroundings() -> Iterator[None]:
-    """Turn what the machine does to a run (disk, memory, network) into a typed error, which is no expert's fault."""
-    from httpx import HTTPError
-
-    try:
-        yield
-    except (OSError, HTTPError) as error:
-        raise FoldinError(refused_by_system(error)) from error
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        what, remedy = "there is not enough memory", "free some, or set device to one that has more"
-        raise FoldinError(Refusal("E_MEMORY", what, found=shown(str(error)), remedy=remedy)) from error
+def note_fallback(at: House, lease: Lease, experts: Sequence[Expert], because: str) -> None:
+    """Let the line's history say why experts are folded on the CPU, once for each."""
+    for expert in experts if because else ():
+        told = f"{expert.name}: {because}"
+        if not any(event.kind == "fallback" and event.because == told for event in at.ledger.events(lease.line)):
+            at.ledger.remark(lease, "fallback", told, "foldin")
 
 
 def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -> dict[str, Any] | None:
     """One expert, from the registry's version to its end: folded, rejected, quarantined or withdrawn."""
+    work = begun(at, settings, lease, expert)
+    if not isinstance(work, Work):
+        return work
+    say(f"{expert.name} (task {work.expert.task or '?'}): folding into {lease.line} v{work.parent.number}")
+    return emitted(work, fold_admitted)
+
+
+def begun(at: House, settings: LineConfig, lease: Lease, expert: Expert) -> Work | dict[str, Any] | None:
+    """What folding an expert works with; what became of it when it ends here; None when it is not complete yet."""
     found = at.mlflow.expert(expert.model, expert.version)
     if found is None:
         return settle(at, lease, expert, ExpertState.WITHDRAWN, "withdrawn", "the version was deleted in MLflow")
@@ -111,22 +97,27 @@ def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -
     if at.ledger.begin(lease, expert, expert.task) > MAX_ATTEMPTS:
         reason = f"{MAX_ATTEMPTS} runs ended at this expert without a word; it may have killed the worker"
         return settle(at, lease, expert, ExpertState.QUARANTINED, "Q_CRASH", reason)
-    work = work_on(at, settings, lease, expert, found)
-    say(f"{expert.name} (task {expert.task or '?'}): folding into {lease.line} v{work.parent.number}")
-    return emitted(work, fold_admitted)
+    return work_on(at, settings, lease, expert, found)
 
 
 def fold_admitted(work: Work) -> dict[str, Any]:
-    """One expert into the champion, if it may be: folded, judged, and what came of it."""
-    at, settings, lease, expert = work.house, work.settings, work.lease, work.expert
+    """One expert into the champion, if it may be admitted."""
     admitted = admit_expert(work)
-    if isinstance(admitted, Refusal):
-        return settle(at, lease, expert, ExpertState.QUARANTINED, admitted.code, str(admitted))
-    recipe = recipe_of(settings, work.parent.memory)
+    return set_aside(work, admitted) if isinstance(admitted, Refusal) else fold_one(work, admitted)
+
+
+def fold_one(work: Work, admitted: Admitted) -> dict[str, Any]:
+    """One admitted expert into the champion, if it may be: folded, judged, and what came of it."""
+    recipe = recipe_of(work.settings, work.parent.memory)
     candidate = fold_tensors(work, admitted, recipe)
     if isinstance(candidate, Refusal):
-        return settle(at, lease, expert, ExpertState.QUARANTINED, candidate.code, str(candidate))
+        return set_aside(work, candidate)
     return conclude(work, admitted, judge(work, admitted, candidate, recipe))
+
+
+def set_aside(work: Work, refusal: Refusal) -> dict[str, Any]:
+    """End an expert that was refused before the gate."""
+    return settle(work.house, work.lease, work.expert, ExpertState.QUARANTINED, refusal.code, str(refusal))
 
 
 def unfinished(settings: LineConfig, found: ExpertVersion) -> bool:
@@ -165,7 +156,10 @@ def admit_expert(work: Work) -> Admitted | Refusal:
 
 @step("fold")
 def fold_tensors(work: Work, admitted: Admitted, recipe: Recipe) -> Candidate | Refusal:
-    """The candidate, folded tensor by tensor, or why that cannot be; what earlier merges left behind is removed."""
+    """The candidate, folded tensor by tensor, or why that cannot be; what earlier merges left behind is removed.
+
+    `admitted` is the last of the experts that are folded in this pass.
+    """
     scratch = work.scratch(admitted)
     work.house.ledger.leases.check(work.lease)
     sweep(work.house.experts, age=DAY)
@@ -177,31 +171,34 @@ def fold_tensors(work: Work, admitted: Admitted, recipe: Recipe) -> Candidate | 
     except FoldinError as error:
         if error.refusal.code != "E_FOLD":
             raise
-        return replace(error.refusal, where=f"expert {work.expert.name}")
+        return replace(error.refusal, where=f"expert {work.name}")
 
 
 def refold(work: Work, admitted: Admitted, recipe: Recipe, scratch: Path) -> Candidate:
     """The candidate of a recipe in a folder; what is there of it already is used."""
     work.house.ledger.leases.check(work.lease)  # the folder is the holder's alone
-    with bar(f"folding {work.expert.name}") as progress:
-        return fold(scratch, work.settings, recipe, work.base, work.parent, [admitted], progress)
+    experts = [*(each.admitted for each in work.others), admitted]
+    with bar(f"folding {work.name}") as progress:
+        return fold(scratch, work.settings, recipe, work.base, work.parent, experts, progress)
 
 
 def judge(work: Work, admitted: Admitted, candidate: Candidate, recipe: Recipe) -> Judged:
-    """What the gate says of the candidate, or of a better way to fold the expert."""
+    """What the gate says of the candidate, or of a better way to fold the expert; several are folded as configured."""
     from evaluation.approval import under_approval
     from evaluation.gate import rules_from
 
     bench = Bench(work.house, work.settings, work.base)
     rules = rules_from(work.settings.gate, f"[lines.{work.lease.line}.gate]")
-    at = contest(bench, rules, work.parent, admitted, candidate)
-    judged = climb(at, candidate)
-    if wanted(work.settings.search.when, judged):
+    experts = [*(each.admitted for each in work.others), admitted]
+    asked = contests(bench, rules, work.parent, experts, candidate)
+    judged = climb(asked, candidate)
+    if not work.others and wanted(work.settings.search.when, judged):
         say(f"{work.expert.name}: {judged.verdict.outcome}; searching for a better way to fold it")
         run, refolded = work.run(admitted), partial(refold, work, admitted)
-        judged = search(at, judged, recipe, work.scratch(admitted), refolded, partial(show_try, work.house, run))
+        shown = partial(show_try, work.house, run)
+        judged = search(asked[0], judged, recipe, work.scratch(admitted), refolded, shown)
         say(f"{work.expert.name}: {judged.found}")
-    say(f"{work.expert.name}: judged in {took(judged.seconds)}")
+    say(f"{work.name}: judged in {took(judged.seconds)}")
     verdict = under_approval(judged.verdict, work.settings.approval)
     return replace(judged, verdict=replace(verdict, weights_sha256=judged.candidate.memory.weights_sha256))
 
@@ -230,8 +227,8 @@ def conclude(work: Work, admitted: Admitted, judged: Judged) -> dict[str, Any]:
 
 def promote(work: Work, merge: Merge, candidate: Candidate, record: "Record") -> dict[str, Any]:
     """Register a version that passed, commit it to the ledger, move the alias: in this order, each step repeatable."""
-    at, line, expert = work.house, work.lease.line, work.expert
+    at, line = work.house, work.lease.line
     done = registered(work, merge, candidate, record)
     follow(at, work.lease, at.ledger.commit(work.lease, done))
-    say(f"{expert.name}: folded; {line} v{done.version} is champion")
-    return {"expert": expert.name, "state": str(ExpertState.FOLDED), "reason": "", "version": done.version}
+    say(f"{work.name}: folded; {line} v{done.version} is champion")
+    return {"expert": work.name, "state": str(ExpertState.FOLDED), "reason": "", "version": done.version}

@@ -27,11 +27,16 @@ def notify(settings: LineConfig, line: str, outcome: Mapping[str, Any]) -> None:
     version = f" v{outcome['version']}" if outcome["version"] else ""
     subject = clean(f"foldin: {line}{version}: {outcome['expert']} {HEARD[outcome['state']]}", 200)
     lines = [subject, clean(str(outcome["reason"] or ""), 1000), _next(line, outcome)]
+    send(settings, subject, "\n".join(filter(None, lines)))
+
+
+def send(settings: LineConfig, subject: str, text: str) -> None:
+    """Send a text to every block that the line names; what cannot be sent is said, never raised."""
     for slug in settings.notify:
         with spared(f"notification block {slug}"):
             block = _load(slug)
             with block.raise_on_failure():
-                block.notify("\n".join(filter(None, lines)), subject)
+                block.notify(text, subject)
 
 
 @contextmanager

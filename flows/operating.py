@@ -1,12 +1,27 @@
-"""The verbs of who runs foldin: all services up or down, MLflow's webhooks received and asked for."""
+"""The verbs of who runs foldin: the nightly round, all services, MLflow's webhooks."""
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from flows.telling import busy, say
-from flows.verb import prepared
+from flows.verb import finish, prefect_for, prepared
+
+
+@click.command(short_help="Fold what waits in few passes, verify, tidy up.")
+@click.argument("line")
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def nightly(options: dict[str, Any], line: str, as_json: bool) -> NoReturn:
+    """The nightly round of LINE: fold several experts in one pass, verify the champion, collect garbage, tell."""
+    with prefect_for(options, [line]):
+        from flows.nightly import nightly as night
+        from flows.nightly import summary
+
+        facts = night(line, str(options["config_file"]))
+    say(summary(facts))
+    finish(facts["outcomes"], as_json)
 
 
 @click.command(short_help="Receive MLflow's webhooks.")

@@ -67,6 +67,15 @@ class SigningConfig:
 
 
 @dataclass(frozen=True)
+class RunnerConfig:
+    """`[lines.NAME.runner]`: which machine folds and judges."""
+
+    pool: str = ""  # work pool of Prefect whose workers do; "" = the process that watches
+    fallback: str = "never"  # cpu: without a worker of the pool, or without its GPU, on the CPU of who is there
+    patience: float = 300.0  # seconds a fold waits for a worker before that
+
+
+@dataclass(frozen=True)
 class LineConfig:
     """`[lines.NAME]`: one running model."""
 
@@ -81,6 +90,7 @@ class LineConfig:
     guards: Mapping[str, str] = field(default_factory=dict)  # name -> folder with suite.json: always measured as well
     gate: Mapping[str, Any] = field(default_factory=dict)  # the fields of evaluation.gate.Rules
     search: SearchConfig = field(default_factory=SearchConfig)  # for a fold that passes, or for a better one
+    runner: RunnerConfig = field(default_factory=RunnerConfig)  # which machine folds
     signing: SigningConfig = field(default_factory=SigningConfig)  # whose signatures are asked for
     evaluation_seconds: float = 3600.0  # measuring one model on one suite may take; more counts as not measured
     approval: str = "never"  # which candidates wait for a person: never, on-reject (soft rejections) or always (all)
@@ -88,7 +98,9 @@ class LineConfig:
     trigger: str = "on-register"  # on-register: watch by interval; nightly: on schedule; manual: only by hand
     interval: float = 60.0  # seconds between two looks at the registry
     schedule: str = "0 2 * * *"  # cron of the nightly fold
-    timezone: str = "UTC"  # of the schedule
+    timezone: str = "UTC"  # of the schedule and of blackout
+    blackout: tuple[str, ...] = ()  # when nothing is folded by itself, such as "Mon-Fri 08:00-18:00"
+    batch: float = 8.0  # experts that the nightly fold takes in one pass, at most
     device: str = "cpu"  # cpu, cuda (the fold on every GPU, the evaluation on the first) or cuda:N
     workers: str = ""  # of the fold: "" = every core or GPU, a number of cores, or a Dask scheduler, tcp://HOST:PORT
     upload_patience: float = 3600.0  # seconds an expert may stay unfinished before it is set aside

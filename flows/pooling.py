@@ -2,26 +2,25 @@
 
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from flows.config import load
 from flows.environment import prepare_environment
-from flows.serve import deployments
+from flows.serve import deployments, make_pool, offer_folds
+
+CONTROL = "foldin-control"  # where lines are watched
+FOLDS = "foldin-gpu"  # where those fold that name it as [lines.NAME.runner] pool
 
 
 def main(config_file: Path, pool: str) -> None:
-    """Make the pool and the deployments that are not there, then become Prefect's worker."""
+    """Make the pool and, for the control pool, the deployments that are not there; then become Prefect's worker."""
     config = load(config_file)
     prepare_environment(config)
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectAlreadyExists
-
-    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
-        client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
-    for each in deployments(config, str(config_file)):
-        each.apply(work_pool_name=pool)
+    make_pool(pool)
+    if pool == CONTROL:
+        for each in deployments(config, str(config_file)):
+            each.apply(work_pool_name=pool)
+        offer_folds(config, str(config_file))
     worker = ["prefect", "worker", "start", "--pool", pool, "--type", "process"]
     os.execv(sys.executable, [sys.executable, "-m", *worker])
 

@@ -32,7 +32,13 @@ def metrics_of(record: "Record") -> dict[str, float]:
 
 
 def show(
-    house: House, line: str, run_id: str, expert: Expert, candidate: Candidate, record: "Record", inputs: Sequence[str]
+    house: House,
+    line: str,
+    run_id: str,
+    experts: Sequence[Expert],  # that were folded, in their order
+    candidate: Candidate,
+    record: "Record",
+    inputs: Sequence[str],
 ) -> None:
     """Put a judged merge on its MLflow run: whether it passed or not, and why."""
     verdict, folder, memory = record.verdict, candidate.folder, candidate.memory
@@ -40,7 +46,8 @@ def show(
     kept = [(path, path.parent.name) for name in (PLOTS, ANSWERS) for path in sorted((folder / name).glob("*"))]
     settings = house.config.line(line)
     # Parameters cannot be written twice, and a search that is made again may choose otherwise: what it chose is a tag.
-    facts = {"line": line, "expert": expert.name, "task": expert.task, "method": settings.method}
+    names, tasks = ", ".join(each.name for each in experts), ", ".join(each.task for each in experts)
+    facts = {"line": line, "expert": names, "task": tasks, "method": settings.method}
     house.mlflow.runs.show(
         run_id,
         params={**facts, **settings.parameters},
@@ -52,8 +59,8 @@ def show(
             "foldin.reason": verdict.reason,
             "foldin.search": record.lineage.get("search", ""),
             "foldin.parameters": json.dumps(dict(memory.parameters), sort_keys=True),
-            "foldin.weight": f"{memory.experts[-1].weight:g}",
-            "foldin.expert": expert.name,
+            "foldin.weight": ", ".join(f"{each.weight:g}" for each in memory.experts[-len(experts) :]),
+            "foldin.expert": names,
         },
         artifacts=[(folder / REPORT_FILE, ""), (folder.parent / Path(PAGE_FILE).name, ""), *kept],
         inputs=inputs,
@@ -111,9 +118,11 @@ def write_version_manifest(
 
 
 def register(
-    house: House, line: str, merge_key: str, run_id: str, folder: Path, metrics: Mapping[str, float], expert: str
+    house: House, line: str, merge_key: str, run_id: str, folder: Path, metrics: Mapping[str, float], many: int
 ) -> tuple[int, str]:
     """The registered version of a finished folder and its manifest's digest; found again when a run got that far.
+
+    `many` is how many experts were folded to get it from its parent.
 
     What is found may have been made under another numerics profile, so it is judged by its own manifest.
 
@@ -122,19 +131,18 @@ def register(
             `sign_version`.
     """
     memory = Memory.read(folder)
+    added = memory.experts[len(memory.experts) - many :]
     tags = {
         "foldin.manifest_sha256": sha256_file(folder / MANIFEST),
         "foldin.weights_sha256": memory.weights_sha256,
         "foldin.base_sha256": memory.base_sha256,
         "foldin.experts": str(len(memory.experts)),
-        "foldin.expert": expert,
+        "foldin.expert": ", ".join(f"{each.model} v{each.version}" for each in added),
         "foldin.method": memory.method,
         "foldin.verdict": read_json(folder / MANIFEST)["verdict"],
     }
-    last = memory.experts[-1] if memory.experts else None
-    told = (
-        f"adds {last.task} ({last.model} v{last.version}); {len(memory.experts)} experts in all" if last else "the base"
-    )
+    names = ", ".join(f"{each.task} ({each.model} v{each.version})" for each in added)
+    told = f"adds {names}; {len(memory.experts)} experts in all" if added else "the base"
     version = house.mlflow.publish(line, merge_key, run_id, folder, description=told, metrics=metrics, tags=tags)
     stored = house.mlflow.folder(line, version)
     wrong = verify_manifest(stored)

@@ -96,7 +96,7 @@ def holders(house: House, name: str, text: str) -> dict[str, Any]:
     wanted = find_expert(text, known, f"line {name}")
     mine = {each.id for each in known if (each.model, each.version) == (wanted.model, wanted.version)}
     parents = parents_of(merges)
-    own = {each.version for each in merges if each.expert_id in mine and each.version is not None}
+    own = {each.version for each in merges if mine.intersection(each.experts) and each.version is not None}
     holding = {version for version in parents if own.intersection(ancestry(parents, version))}
     champion = house.ledger.line(name).champion
     since = None
@@ -113,7 +113,7 @@ def page_of(house: House, name: str, text: str) -> Path:
         FoldinError: E_EXPERT for an expert that the line does not know, or that was never judged.
     """
     expert = find_expert(text, house.ledger.experts(name), f"line {name}")
-    judged = [merge for merge in house.ledger.merges(name) if merge.expert_id == expert.id and merge.run_id]
+    judged = [merge for merge in house.ledger.merges(name) if expert.id in merge.experts and merge.run_id]
     if not judged:
         what, found = "the expert was never judged", ": ".join(filter(None, (expert.state, expert.reason)))
         remedy = f"`foldin log {name}` shows why"
@@ -165,8 +165,8 @@ def _node(node: Node, current: set[int]) -> dict[str, Any]:
         "version": node.version,
         "parent": node.parent,
         "children": list(node.children),
-        "expert": node.expert.name if node.expert else None,
-        "task": node.expert.task if node.expert else None,
+        "expert": ", ".join(each.name for each in node.experts) or None,
+        "task": ", ".join(each.task for each in node.experts) or None,
         "in_champion": node.version in current,
     }
 

@@ -22,14 +22,16 @@ def recorded(work: Work, admitted: Admitted, judged: Judged) -> tuple[Merge, "Re
     """The merge with the verdict that stands: in the ledger, in files, on its run in MLflow; each step repeatable."""
     at, lease, expert, key = work.house, work.lease, work.expert, work.key(admitted)
     run, candidate = work.run(admitted), judged.candidate
-    merge = Merge(key, lease.line, expert.id, work.parent.number, judged.verdict, run)
+    also = tuple(each.expert.id for each in work.others)
+    merge = Merge(key, lease.line, expert.id, work.parent.number, judged.verdict, run, also=also)
     published = at.mlflow.published(lease.line, key)
     verdict = at.ledger.record_verdict(lease, merge, published=published).verdict  # the first answer stands
     record = write_report(at, work.settings, work.parent, lease.line, replace(judged, verdict=verdict))
     if verdict.weights_sha256 == candidate.memory.weights_sha256:  # else an earlier run published another choice
-        inputs = [at.mlflow.model_id(lease.line, work.parent.number), work.found.model_id]
-        show(at, lease.line, run, expert, candidate, record, inputs)
-        showing.judged(lease.line, expert, record, candidate.folder)
+        found = [*(each.found for each in work.others), work.found]
+        inputs = [at.mlflow.model_id(lease.line, work.parent.number), *(each.model_id for each in found)]
+        show(at, lease.line, run, work.experts, candidate, record, inputs)
+        showing.judged(lease.line, work.name, record, candidate.folder)
     return replace(merge, verdict=verdict), record
 
 
@@ -39,7 +41,8 @@ def registered(work: Work, merge: Merge, candidate: Candidate, record: "Record")
     known = {name: digest for name, digest in candidate.files.items() if name != CARD_FILE}  # it was the base's
     earlier = at.ledger.merge(key)
     if earlier is not None and earlier.version is not None:
-        restore(at, work.lease, earlier.version, f"{work.expert.name} was folded into it again", "foldin")
+        restore(at, work.lease, earlier.version, f"{work.name} was folded into it again", "foldin")
     write_version_manifest(candidate.folder, line, key, work.parent, merge.verdict, known, far=bool(at.far))
-    version, manifest = register(at, line, key, merge.run_id, candidate.folder, metrics_of(record), work.expert.name)
+    many = len(work.experts)
+    version, manifest = register(at, line, key, merge.run_id, candidate.folder, metrics_of(record), many)
     return replace(merge, version=version, manifest_sha256=manifest)

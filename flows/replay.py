@@ -15,7 +15,7 @@ from flows.champion import agree, check_target, follow
 from flows.judging import Judged
 from flows.leasing import held
 from flows.memory import Folded
-from flows.merge import fold_tensors, judge, surroundings
+from flows.merge import fold_tensors, judge
 from flows.naming import find_expert
 from flows.options import LineConfig
 from flows.readmitting import Again, readmit
@@ -23,6 +23,7 @@ from flows.recipe import recipe_of
 from flows.recording import recorded, registered
 from flows.scoring import Bench, Subject, known_tasks, score, task_of
 from flows.settings import check_settings
+from flows.sparing import surroundings
 from flows.telling import bar, say
 from flows.thinning import had_back, restore
 from flows.versions import Version, chain, find_merge, open_version, with_files
@@ -113,8 +114,8 @@ def chosen(
 ) -> tuple[list[Expert], list[Expert]]:
     """The champion's experts that are left out, and those that are kept, in the order of folding."""
     rows = {each.id: each for each in at.ledger.experts(line)}
-    ids = [find_merge(at, line, number).expert_id for number in reversed(chain(at, line, champion.number))]
-    inside = [rows[each] for each in ids if each is not None]
+    merges = [find_merge(at, line, number) for number in reversed(chain(at, line, champion.number))]
+    inside = [rows[each] for merge in merges for each in merge.experts]
     where = f"{line} v{champion.number}"
     left = [find_expert(text, inside, where) for text in without]
     kept = [each for each in inside if each not in left]
@@ -148,10 +149,9 @@ def grow(at: House, settings: LineConfig, lease: Lease, champion: Version, kept:
 
 def beginning(at: House, line: str, champion: int, wanted: Sequence[int]) -> tuple[Version, int]:
     """The newest ancestor whose experts are the first of those wanted, and how many it holds."""
-    held, found, there = list[int | None](), (0, 0), with_files(at, line)
+    held, found, there = list[int](), (0, 0), with_files(at, line)
     for number in reversed(chain(at, line, champion)):
-        expert = find_merge(at, line, number).expert_id
-        held += [expert] if expert is not None else []
+        held += find_merge(at, line, number).experts
         if held != list(wanted[: len(held)]):
             break
         if number in there:
@@ -201,7 +201,7 @@ def _kept(again: Again, judged: Judged, head: Version) -> tuple[Version, dict[st
 
 def _stays_approved(at: House, merge: Merge) -> bool:
     """Whether a person approved the expert, in another fold, and did not decline it in this very one."""
-    mine = {each.merge_key: each.decided for each in at.ledger.merges(merge.line) if each.expert_id == merge.expert_id}
+    mine = {each.merge_key: each.decided for each in at.ledger.merges(merge.line) if merge.expert_id in each.experts}
     return Decision.APPROVED in mine.values() and mine.get(merge.merge_key) is not Decision.DECLINED
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from flows.card import CARD_FILE, card
 from flows.judging import Judged
-from flows.memory import Memory
+from flows.memory import Folded, Memory
 from flows.options import LineConfig
 from flows.scoring import known_tasks
 from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Version, bests, history
@@ -33,7 +33,8 @@ def write_report(house: House, settings: LineConfig, parent: Version, line: str,
     from evaluation.report import as_json
 
     record, folder = record_of(house, settings, parent, line, judged), judged.candidate.folder
-    title, timeless = f"{line}: {judged.candidate.memory.experts[-1].task}", record._replace(seconds={})
+    tasks = ", ".join(each.task for each in _added(parent, judged))
+    title, timeless = f"{line}: {tasks}", record._replace(seconds={})
     write_json(folder / REPORT_FILE, as_json(timeless))
     write_plots(timeless, folder / PLOTS)
     write_atomic(folder / CARD_FILE, card(line, parent, judged.candidate.memory, timeless).encode())
@@ -129,22 +130,27 @@ def flips_of(house: House, settings: LineConfig, judged: Judged) -> list[Flip]:
     return found
 
 
+def _added(parent: Version, judged: Judged) -> tuple[Folded, ...]:
+    """The experts that were folded into the parent to get the candidate."""
+    return judged.candidate.memory.experts[len(parent.memory.experts) :]
+
+
 def lineage_of(line: str, parent: Version, judged: Judged) -> dict[str, str]:
     """What people ask first of a version."""
-    memory = judged.candidate.memory
-    last = memory.experts[-1]
+    memory, added = judged.candidate.memory, _added(parent, judged)
+    weights = [f"{each.weight:g}" for each in added]
     parameters = ", ".join(f"{key} = {value}" for key, value in memory.parameters.items())
     return {
         "line": line,
         "parent": f"v{parent.number}",
-        "expert": f"{last.model} v{last.version}",
-        "task": last.task,
+        "expert": ", ".join(f"{each.model} v{each.version}" for each in added),
+        "task": ", ".join(each.task for each in added),
         "experts": str(len(memory.experts)),
         "method": f"{memory.method} ({parameters})" if parameters else memory.method,
-        **({"weight": f"{last.weight:g}"} if last.weight != 1 else {}),
+        **({"weight": ", ".join(weights)} if set(weights) != {"1"} else {}),
         **({"search": judged.found} if judged.found else {}),
         "weights": memory.weights_sha256,
-        "expert's weights": last.weights_sha256,
+        "expert's weights": ", ".join(each.weights_sha256 for each in added),
         "base": memory.base_sha256,
         "parent's manifest": parent.manifest_sha256,
     }

@@ -97,7 +97,7 @@ def search(at: Contest, judged: Judged, configured: Recipe, scratch: Path, refol
     if not found.chosen:
         return before
     say(f"{at.expert.name[0]} v{at.expert.name[1]}: {found.told}; the gate decides on other rows")
-    again = climb(at, refold(next(way.recipe for way in possible if way.name == found.chosen), scratch))
+    again = climb([at], refold(next(way.recipe for way in possible if way.name == found.chosen), scratch))
     seconds.update({name: round(seconds.get(name, 0.0) + took, 3) for name, took in again.seconds.items()})
     if again.verdict.passed:
         return replace(again, tries=found.tries, found=found.told, seconds=seconds)

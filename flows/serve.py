@@ -5,7 +5,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -33,8 +33,9 @@ def deployments(config: Config, config_file: str) -> list[Any]:
     from prefect.types.entrypoint import EntrypointType
 
     from flows.approval import approval
+    from flows.nightly import nightly
     from flows.rollback import rollback
-    from flows.watch import nightly, watch
+    from flows.watch import watch
 
     # A look that comes while the last one still folds would only wait: it is dropped, the next one finds the same.
     once = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
@@ -53,11 +54,42 @@ def deployments(config: Config, config_file: str) -> list[Any]:
     return found
 
 
+def offer_folds(config: Config, config_file: str) -> None:
+    """Make the deployments of lines whose folds run in a work pool, and the pools that are not there, as processes."""
+    from prefect.types.entrypoint import EntrypointType
+
+    from flows.batching import merge_batch
+    from flows.merge import merge_expert
+
+    for line, settings in config.lines.items():
+        if settings.runner.pool:
+            make_pool(settings.runner.pool)
+            for merge in (merge_expert, merge_batch):
+                offered: Any = merge.to_deployment(
+                    line,
+                    parameters={"line": line, "config_file": config_file},
+                    tags=["foldin", line],
+                    entrypoint_type=EntrypointType.MODULE_PATH,
+                )
+                offered.apply(work_pool_name=settings.runner.pool)
+
+
+def make_pool(name: str) -> None:
+    """A work pool of processes, unless there is one of the name, of whatever kind."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+
+
 def serve(config: Config, config_file: str, limit: int) -> None:
     """Keep the deployments of every line running until interrupted; `limit` flow runs at a time."""
     import prefect
 
     with prefect_server(config):
+        offer_folds(config, config_file)
         prefect.serve(*deployments(config, config_file), limit=limit)
 
 

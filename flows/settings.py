@@ -47,7 +47,8 @@ def check_settings(settings: LineConfig, line: str) -> None:
         raise FoldinError(replace(error.refusal, remedy=error.refusal.remedy or CORRECT)) from error
     check_signing(settings, line)
     _check_schedule(settings, where)
-    _check_device(settings.device, where)
+    if not settings.runner.pool:  # else it is another machine's
+        _check_device(settings.device, where)
     _check_workers(settings.workers, where)
 
 

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 PICTURES = {"accuracy-matrix": "accuracy_matrix.png", "tasks": "tasks.png", "search": "pareto.png"}
 
 
-def judged(line: str, expert: Expert, record: "Record", folder: Path) -> None:
+def judged(line: str, experts: str, record: "Record", folder: Path) -> None:
     """The gate's answer rule by rule, and the pictures that there are."""
     verdict = record.verdict
     assert verdict is not None
     rows = [_row(check) for check in verdict.checks]
-    create_table_artifact(rows, key="verdict", description=f"{clean(line)}: {clean(expert.name)}: {verdict.outcome}")
+    create_table_artifact(rows, key="verdict", description=f"{clean(line)}: {clean(experts)}: {verdict.outcome}")
     for key, name in PICTURES.items():
         picture = folder / PLOTS / name
         if picture.exists():  # what was rejected early has fewer

@@ -50,7 +50,7 @@ def start(house: House, line: str, settings: LineConfig) -> int:
         write_version_manifest(folder, line, key, None, verdict, {}, far=bool(house.far))
         run = house.mlflow.runs.run_for(line, key, f"{line}: base", {"foldin.verdict": "passed"})
         house.mlflow.runs.show(run, params={"line": line, "base": digest}, metrics={}, tags={}, artifacts=[])
-        version, manifest = register(house, line, key, run, folder, {}, "")
+        version, manifest = register(house, line, key, run, folder, {}, 0)
         done = replace(merge, version=version, manifest_sha256=manifest)
         follow(house, lease, house.ledger.commit(lease, done))
         shutil.rmtree(scratch, ignore_errors=True)
@@ -146,7 +146,7 @@ def _build(folder: Path, copy: intake.Admitted, settings: LineConfig, digest: st
 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(copy.folder, folder, ignore=shutil.ignore_patterns(SIGNATURE))
-    profile = numerics_profile(settings.device)
+    profile = numerics_profile("cpu" if settings.runner.pool else settings.device)  # nothing is computed here
     memory = Memory(settings.method, dict(settings.parameters), digest, digest, profile=profile)
     write_json(folder / STATE_FILE, {"format": STATE_FORMAT, **asdict(memory)})
     record = Record(Report(digest, {}))

@@ -1,17 +1,22 @@
-"""The flows that find what waits: look at MLflow, agree with the ledger, fold everything pending in order."""
+"""The flow that finds what waits: look at MLflow, agree with the ledger, fold everything pending in order."""
 
 import shutil
+from datetime import datetime
 from typing import Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from flows.approval import present
+from flows.blackout import blackout_at
 from flows.champion import mend_served, reconcile
 from flows.discovery import discover
+from flows.dispatching import Merge, Outcome, folded
 from flows.leasing import held
 from flows.merge import MAX_ATTEMPTS, merge_expert
+from flows.options import LineConfig
 from flows.starting import start
 from flows.telling import say
 from flows.waiting import WAITS, stands_still, waiting
@@ -22,14 +27,19 @@ from registry.records import ExpertState, Lease
 @flow(name="watch", flow_run_name="watch {line}", persist_result=False)
 def watch(line: str, config_file: str = "foldin.toml") -> list[dict[str, Any]]:
     """Adopt or mend the alias, enrol new experts, fold all that wait, until a look finds none; what became of each."""
+    return fold_all(line, config_file, merge_expert)
+
+
+def fold_all(line: str, config_file: str, merge: Merge) -> list[Outcome]:
+    """Look, and fold what waits with a flow, until a look finds nothing that may be folded now."""
     at = house(config_file)
     start(at, line, at.config.line(line))
-    outcomes: list[dict[str, Any]] = []
+    outcomes: list[Outcome] = []
     while look(at, line):
-        folded = fold_pending(line, config_file)
-        if not folded:
+        found = fold_pending(line, config_file, merge)
+        if not found:
             break
-        outcomes += folded
+        outcomes += found
     return outcomes
 
 
@@ -50,28 +60,19 @@ def tidy(house: House, lease: Lease) -> None:
         shutil.rmtree(house.work(lease.line), ignore_errors=True)
 
 
-@flow(name="nightly", flow_run_name="nightly {line}", persist_result=False)
-def nightly(line: str, config_file: str = "foldin.toml") -> list[dict[str, Any]]:
-    """The scheduled fold: the same look, and a table of what was folded and what was not."""
-    outcomes = watch(line, config_file)
-    rows = [{key: str(value or "") for key, value in outcome.items()} for outcome in outcomes]
-    create_table_artifact(rows or [{"expert": "none waited"}], key="nightly", description=f"nightly fold of {line}")
-    return outcomes
-
-
-def fold_pending(line: str, config_file: str) -> list[dict[str, Any]]:
-    """Fold the experts that wait, one flow run each, until none can be folded now."""
+def fold_pending(line: str, config_file: str, merge: Merge) -> list[Outcome]:
+    """Fold the experts that wait, one flow run after another, until none can be folded now."""
     at = house(config_file)
     pending = len(at.ledger.experts(line, ExpertState.PENDING))
-    outcomes: list[dict[str, Any]] = []
+    outcomes: list[Outcome] = []
     if not pending:
         return outcomes
     shown = create_progress_artifact(0.0, key="folding", description=f"{line}: {pending} waiting")
     assert isinstance(shown, UUID), "inside a synchronous flow it is no coroutine"
     crashes = 0
-    while at.ledger.experts(line, ExpertState.PENDING):
+    while at.ledger.experts(line, ExpertState.PENDING) and not rests(at.config.line(line), line):
         try:
-            outcome = merge_expert(line, config_file)
+            found = folded(merge, line, config_file)
         except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
             # The expert's fault until proven otherwise: after MAX_ATTEMPTS it is set aside and the next one is folded.
             get_run_logger().exception("the fold failed")
@@ -80,11 +81,19 @@ def fold_pending(line: str, config_file: str) -> list[dict[str, Any]]:
             if crashes > MAX_ATTEMPTS:
                 raise
             continue
-        if outcome is None:
+        if not found:
             break
         crashes = 0
-        outcomes.append(outcome)
+        outcomes += found
         update_progress_artifact(shown, progress=min(100.0, 100.0 * len(outcomes) / pending))
-        if outcome["state"] == WAITS:
+        if found[-1]["state"] == WAITS:
             break
     return outcomes
+
+
+def rests(settings: LineConfig, line: str) -> bool:
+    """Whether a line folds nothing by itself at this hour; said when it is so."""
+    window = blackout_at(datetime.now(ZoneInfo(settings.timezone)), settings.blackout)
+    if window:
+        say(f"line {line}: nothing is folded now (blackout {window}, {settings.timezone})")
+    return bool(window)

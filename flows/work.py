@@ -14,6 +14,14 @@ from flows.wiring import House, merge_key
 from registry.records import Expert, ExpertVersion, Lease
 
 
+class Member(NamedTuple):
+    """An expert that is folded in the same pass as others."""
+
+    expert: Expert
+    found: ExpertVersion  # as MLflow shows it
+    admitted: Admitted
+
+
 class Work(NamedTuple):
     """What one merge works with."""
 
@@ -25,12 +33,26 @@ class Work(NamedTuple):
     base: Version
     parent: Version
     suites: Mapping[str, str]  # of the line's own and its guards: name -> identity
+    others: tuple[Member, ...] = ()  # folded before `expert`, in the same pass
+
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        """All that are folded, in their order."""
+        return (*(each.expert for each in self.others), self.expert)
+
+    @property
+    def name(self) -> str:
+        """Of all experts, for people."""
+        return ", ".join(each.name for each in self.experts)
 
     def key(self, admitted: Admitted) -> str:
         """The merge's name, made of everything that decides its result."""
-        expert = f"{self.expert.name}:{admitted.tree_sha256}"  # registered again, the same files are judged anew
-        suites = {**self.suites, admitted.task: admitted.suite.sha256}
-        parts = (self.parent.manifest_sha256, expert, admitted.task, suites)
+        before = [f"{each.expert.name}:{each.admitted.tree_sha256}:{each.admitted.weight}" for each in self.others]
+        # Registered again, the same files are judged anew.
+        experts = ", ".join([*before, f"{self.expert.name}:{admitted.tree_sha256}"])
+        tasks = [*(each.admitted for each in self.others), admitted]
+        suites = {**self.suites, **{each.task: each.suite.sha256 for each in tasks}}
+        parts = (self.parent.manifest_sha256, experts, ", ".join(each.task for each in tasks), suites)
         key = merge_key(self.lease.line, *parts, self.settings, admitted.weight)
         there = {None, *with_files(self.house, self.lease.line)}
         while (known := self.house.ledger.merge(key)) and known.version not in there:
@@ -43,8 +65,8 @@ class Work(NamedTuple):
 
     def run(self, admitted: Admitted) -> str:
         """The MLflow run that shows the merge."""
-        line, tags = self.lease.line, {"foldin.expert": self.expert.name}
-        return self.house.mlflow.runs.run_for(line, self.key(admitted), f"{line}: {self.expert.name}", tags)
+        line, tags = self.lease.line, {"foldin.expert": self.name}
+        return self.house.mlflow.runs.run_for(line, self.key(admitted), f"{line}: {self.name}", tags)
 
 
 def work_on(

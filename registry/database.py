@@ -14,7 +14,7 @@ from registry.records import FoldinError, Refusal
 MIGRATIONS = Path(__file__).parent / "migrations"
 __all__ = ["HEAD", "MIGRATIONS", "IntegrityError", "connect", "transaction", "translated"]
 
-HEAD = "0001"  # the newest revision in registry/migrations; tested against the folder
+HEAD = "0002"  # the newest revision in registry/migrations; tested against the folder
 MIGRATION_LOCK = 0x464F4C44  # any constant: PostgreSQL's advisory lock of foldin's migrations
 
 

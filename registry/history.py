@@ -29,6 +29,7 @@ def export(engine: Engine, line: str) -> bytes:
             row["id"] = place
     for row in found["merges"]:
         row["expert_id"] = places.get(row["expert_id"])
+        row["also"] = [places[each] for each in json.loads(row["also"])]
     text = json.dumps({"format": FORMAT, "line": whole, **found}, sort_keys=True, allow_nan=False)
     return gzip.compress(text.encode(), mtime=0)
 
@@ -66,13 +67,19 @@ def restore(engine: Engine, document: Mapping[str, Any]) -> None:
         fence = max((row["fence"] for row in (*document["merges"], *document["events"])), default=0)
         tx.execute(insert(leases).values(line=line["name"], holder="", fence=fence + BEYOND, expires=0.0))
         known = _insert(tx, experts, document["experts"])
-        _insert(tx, merges, [{**row, "expert_id": known.get(row["expert_id"])} for row in document["merges"]])
+        _insert(tx, merges, [{**row, **_experts(row, known)} for row in document["merges"]])
         _insert(tx, events, document["events"])
 
 
 def _rows(tx: Connection, table: Table, mine: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a condition of SQLAlchemy
     order = table.c.id if "id" in table.c else table.c.name
     return [dict(row._mapping) for row in tx.execute(select(table).where(mine).order_by(order))]
+
+
+def _experts(row: Row, known: Mapping[int, int]) -> dict[str, Any]:
+    """The columns that name experts, by the ids that this ledger gave them."""
+    also = [known[each] for each in row.get("also", ())]  # histories of an older foldin name one expert a merge
+    return {"expert_id": known.get(row["expert_id"]), "also": json.dumps(also)}
 
 
 def _insert(tx: Connection, table: Table, rows: Sequence[Row]) -> dict[int, int]:

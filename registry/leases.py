@@ -42,6 +42,12 @@ class Leases:
             row = tx.execute(select(leases).where(leases.c.line == line)).one()
         return Lease(line, row.holder, row.fence)
 
+    def alive(self, line: str) -> bool:
+        """Whether somebody holds the line now."""
+        held = (leases.c.line == line) & (leases.c.expires >= now()) & (leases.c.holder != "")
+        with database.transaction(self._engine) as tx:
+            return tx.execute(select(leases.c.line).where(held)).first() is not None
+
     def renew(self, lease: Lease, seconds: float) -> bool:
         """Hold a lease for some seconds more; False when it was taken over."""
         with database.transaction(self._engine) as tx:

@@ -174,7 +174,7 @@ class Ledger:
                 tx.execute(delete(merges).where(mine))
                 row = None
             if row is None:
-                facts = {"merge_key": merge.merge_key, "expert_id": merge.expert_id, "parent": merge.parent}
+                facts = {"merge_key": merge.merge_key, "parent": merge.parent, **rows.experts_of(merge)}
                 answer = {"outcome": merge.verdict.outcome, "verdict": json.dumps(plain(merge.verdict))}
                 made = {"line": merge.line, "run_id": merge.run_id, "fence": lease.fence, "created": now()}
                 tx.execute(insert(merges).values(**facts, **answer, **made))

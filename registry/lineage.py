@@ -24,7 +24,7 @@ class Node:
 
     version: int
     parent: int | None
-    expert: Expert | None  # None: the base
+    experts: tuple[Expert, ...]  # in the order of folding; () for the base
     children: tuple[int, ...]  # versions, ascending
 
 
@@ -53,7 +53,7 @@ def tree(merges: Iterable[Merge], experts: Iterable[Expert]) -> tuple[Node, ...]
         Node(
             version,
             merge.parent,
-            known[merge.expert_id] if merge.expert_id is not None else None,
+            tuple(known[each] for each in merge.experts),
             tuple(children.get(version, ())),
         )
         for version, merge in sorted(versions.items())
@@ -79,8 +79,9 @@ def met(merges: Iterable[Merge], experts: Iterable[Expert]) -> dict[int, int | N
 
     An expert that was set aside before it was folded met what the one before it had left. None while none did.
     """
-    folded = {merge.expert_id: merge for merge in merges if merge.parent is not None}
-    first = next((merge.version for merge in merges if merge.parent is None), None)
+    known = list(merges)
+    folded = {expert: merge for merge in known for expert in merge.experts}
+    first = next((merge.version for merge in known if merge.parent is None), None)
     found: dict[int, int | None] = {}
     newest = first
     for expert in experts:

@@ -147,7 +147,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True)
 class Merge:
-    """One gated fold: which expert into which parent, and what came of it."""
+    """One gated fold: which experts into which parent, and what came of it."""
 
     merge_key: str
     line: str
@@ -159,6 +159,12 @@ class Merge:
     manifest_sha256: str = ""
     decided: Decision | None = None  # None: no person was asked, or none has answered
     created: float = 0.0  # when it was gated, or last began to wait; seconds since the epoch, the database's clock
+    also: tuple[int, ...] = ()  # experts that were folded before it in the same pass, in their order
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The ids of all experts that it folded, in their order; () for the base."""
+        return () if self.expert_id is None else (*self.also, self.expert_id)
 
     @property
     def may_serve(self) -> bool:

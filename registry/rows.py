@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
-from registry.lineage import ancestry
+from registry.lineage import ancestry, parents_of
 from registry.records import (
     Decision,
     Event,
@@ -66,6 +66,7 @@ def merge_from(row: Row[Any]) -> Merge:
         row.manifest_sha256,
         decided,
         row.created,
+        tuple(json.loads(row.also)),
     )
 
 
@@ -108,10 +109,15 @@ def move_champion(tx: Connection, lease: Lease, kind: str, target: int, because:
 
 
 def keep(tx: Connection, merge: Merge) -> None:
-    """Note the version that a merge was registered as, whose expert it holds, and a person's yes carried over."""
-    facts = {"version": merge.version, "manifest_sha256": merge.manifest_sha256, "expert_id": merge.expert_id}
+    """Note the version that a merge was registered as, whose experts it holds, and a person's yes carried over."""
+    facts = {"version": merge.version, "manifest_sha256": merge.manifest_sha256, **experts_of(merge)}
     decided = {"outcome": merge.decided} if merge.decided else {}
     tx.execute(update(merges).where(merges.c.merge_key == merge.merge_key).values(**facts, **decided))
+
+
+def experts_of(merge: Merge) -> dict[str, Any]:
+    """The columns that say which experts a merge folded."""
+    return {"expert_id": merge.expert_id, "also": json.dumps(merge.also)}
 
 
 def stands_for(earlier: Expert, expert: Expert) -> bool:
@@ -193,9 +199,10 @@ def note(
 
 def _settle_ancestry(tx: Connection, line: str, champion: int, reason: str) -> None:
     """Folded is every expert among the champion's ancestors; every other that had been folded is rolled back."""
-    rows = tx.execute(select(merges).where((merges.c.line == line) & merges.c.version.is_not(None))).all()
-    chain = set(ancestry({row.version: row.parent for row in rows}, champion))
-    inside = [row.expert_id for row in rows if row.version in chain and row.expert_id is not None]
+    rows = tx.execute(select(merges).where((merges.c.line == line) & merges.c.version.is_not(None)))
+    known = [merge_from(row) for row in rows]
+    chain = set(ancestry(parents_of(known), champion))
+    inside = [expert for merge in known if merge.version in chain for expert in merge.experts]
     gone = (experts.c.line == line) & (experts.c.state == ExpertState.FOLDED) & experts.c.id.not_in(inside)
     back = experts.c.id.in_(inside) & (experts.c.state != ExpertState.FOLDED)
     left = {"state": ExpertState.ROLLED_BACK, "code": "rolled-back", "reason": reason, "settled": now()}

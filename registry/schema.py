@@ -75,6 +75,7 @@ merges = Table(
     Column("line", ForeignKey("lines.name"), nullable=False),
     Column("merge_key", String(64), nullable=False, unique=True),
     Column("expert_id", ForeignKey("experts.id")),  # None: the base itself
+    Column("also", Text, nullable=False, server_default="[]"),  # json: ids of those folded before it in the same pass
     Column("parent", Integer),  # version folded into; None: the base itself
     Column("outcome", String(20), nullable=False),  # the gate's; once a person decided, approved or declined
     Column("verdict", Text, nullable=False),  # json of records.Verdict

@@ -1,8 +1,10 @@
 """The tree of a line's versions, from plain facts."""
 
+from dataclasses import replace
+
 import pytest
 
-from registry.lineage import Extent, ancestry, extents, open_moves, parents_of, tree
+from registry.lineage import Extent, ancestry, extents, met, open_moves, parents_of, tree
 from registry.records import Event, Expert, ExpertState, Merge
 from registry.verdicts import Outcome, Verdict
 
@@ -36,7 +38,14 @@ def test_every_version_knows_its_parent_its_expert_and_its_children():
         (3, 2, ()),
         (4, 2, ()),
     ]
-    assert [node.expert and node.expert.id for node in found] == [None, 7, 8, 9]
+    assert [[each.id for each in node.experts] for node in found] == [[], [7], [8], [9]]
+
+
+def test_a_version_of_several_experts_knows_them_in_their_order_and_each_met_its_parent():
+    merges = [merge(1, None), replace(merge(2, 1, 9), also=(7, 8)), merge(3, 2, 10)]
+    experts = [expert(number) for number in (7, 8, 9, 10)]
+    assert [[each.id for each in node.experts] for node in tree(merges, experts)] == [[], [7, 8, 9], [10]]
+    assert met(merges, experts) == {7: 1, 8: 1, 9: 1, 10: 2}
 
 
 def test_a_merge_that_was_never_registered_is_in_no_tree_and_no_parent():

@@ -1,0 +1,123 @@
+"""Where a fold runs: in this process, or on a worker of the work pool that the line names, and what became of it there.
+
+The worker tells nothing but whether its run ended well: what it did is in the ledger.
+"""
+
+import time
+from typing import Any, cast
+from uuid import UUID
+
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas import OrchestrationResult
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.states import Cancelled, Cancelling, Crashed
+
+from flows.telling import say
+from flows.waiting import WAITS, waiting
+from flows.wiring import House, house
+from registry.files import shown
+from registry.records import Expert, ExpertState, FoldinError, Refusal
+
+LOOK = 1.0  # seconds between two looks at a run
+SILENCE = 60.0  # seconds that a run may say it runs while nobody holds the line
+Outcome = dict[str, Any]  # expert, state, reason, version
+Merge = Flow[..., Any]  # merge_expert or merge_batch
+
+
+def folded(merge: Merge, line: str, config_file: str) -> list[Outcome]:
+    """Run a flow that folds what waits first in a line, where the line wants it; what became of each expert.
+
+    Raises:
+        FoldinError: E_RUNNER when the pool's run failed for a reason that is no expert's; as the flow.
+        RuntimeError: it died, as it might have died here; it counts as an attempt.
+    """
+    at = house(config_file)
+    runner = at.config.line(line).runner
+    if not runner.pool:
+        return _as_list(merge(line, config_file))
+    before = at.ledger.experts(line, ExpertState.PENDING)
+    ended = _in_pool(at, merge, line, config_file)
+    if ended is None:
+        told = f"no worker of the pool {runner.pool} took the fold within {runner.patience:g} s"
+        say(f"line {line}: {told}; it is folded here, on the CPU")
+        return _as_list(merge(line, config_file, fallback=told))
+    _check_ended(ended, line, runner.pool)
+    return [found for each in before if (found := outcome_of(at, line, each))]
+
+
+def outcome_of(at: House, line: str, expert: Expert) -> Outcome | None:
+    """What became of an expert that waited; None while it still does."""
+    now = next(each for each in at.ledger.experts(line) if each.id == expert.id)
+    held = waiting(at, line)
+    if held and held.expert_id == expert.id:
+        reason = held.verdict.reason
+        return {"expert": expert.name, "state": WAITS, "reason": reason, "version": held.version}
+    if now.state is ExpertState.PENDING:
+        return None
+    merges = (each for each in reversed(at.ledger.merges(line)) if expert.id in each.experts)
+    version = next((each.version for each in merges), None) if now.state is ExpertState.FOLDED else None
+    return {"expert": expert.name, "state": str(now.state), "reason": now.reason, "version": version}
+
+
+def _as_list(found: Any) -> list[Outcome]:  # noqa: ANN401 - what a flow returns
+    return found if isinstance(found, list) else [found] if found else []
+
+
+def _in_pool(at: House, merge: Merge, line: str, config_file: str) -> State[Any] | None:
+    """How the run in the pool ended; None when it was taken back, because nobody began it in time."""
+    name, runner = f"{merge.name}/{line}", at.config.line(line).runner
+    try:
+        run = cast("FlowRun", run_deployment(name, parameters={"line": line, "config_file": config_file}, timeout=0))
+    except ObjectNotFound as error:
+        what, remedy = "Prefect has no such deployment", "start `foldin serve` again, or `foldin up`"
+        raise FoldinError(Refusal("E_SERVER", what, f"deployment {name}", remedy=remedy)) from error
+    say(f"line {line}: the fold waits for a worker of the pool {runner.pool}")
+    with get_client(sync_client=True) as client:
+        try:
+            return _awaited(client, at, line, run.id)
+        except (KeyboardInterrupt, TerminationSignal):
+            client.set_flow_run_state(run.id, Cancelling())  # who ends this run ends what it began
+            raise
+
+
+def _awaited(client: SyncPrefectClient, at: House, line: str, run: UUID) -> State[Any] | None:
+    runner, begun, heard = at.config.line(line).runner, time.monotonic(), time.monotonic()
+    while True:
+        state = client.read_flow_run(run).state
+        assert state is not None, "a run has a state"
+        if state.is_final():
+            return state
+        if not state.is_running() and not state.is_cancelling():
+            heard = time.monotonic()
+            late = heard > begun + runner.patience
+            if late and runner.fallback == "cpu" and _taken_back(client, run):
+                return None
+        elif at.ledger.leases.alive(line):
+            heard = time.monotonic()
+        elif time.monotonic() > heard + max(SILENCE, 2 * at.config.registry.lease_seconds):
+            # Its worker died without a word: Prefect would show it as running for ever.
+            client.set_flow_run_state(run, Crashed(message="nobody holds the line"), force=True)
+        time.sleep(LOOK)
+
+
+def _taken_back(client: SyncPrefectClient, run: UUID) -> bool:
+    """Whether a run that nobody has begun will never begin; the lease keeps one that begins all the same from harm."""
+    answer: OrchestrationResult[Any] = client.set_flow_run_state(run, Cancelled(message="no worker took it in time"))
+    return bool(answer.state and answer.state.is_cancelled())
+
+
+def _check_ended(state: State[Any], line: str, pool: str) -> None:
+    """Nothing, when a run ended well, or a person ended it."""
+    if state.is_completed():
+        return
+    told = shown(state.message or state.name or "")
+    if state.is_cancelled():
+        what, remedy = "the fold was cancelled", "watch the line again; what waits is folded then"
+        raise FoldinError(Refusal("E_CANCELLED", what, f"line {line}", remedy=remedy))
+    if "FoldinError" in told:
+        what, remedy = f"the fold in the pool {pool} failed", "mend what it names; the run's log in Prefect says more"
+        raise FoldinError(Refusal("E_RUNNER", what, f"line {line}", found=told, remedy=remedy))
+    raise RuntimeError(f"the run in the pool {pool} ended as {state.name}: {told}")
