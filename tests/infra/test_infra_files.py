@@ -12,7 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from flows import environment, receiver, upkeep
+from flows import environment, pooling, receiver, upkeep
 from flows.cli import cli
 from flows.config import load
 
@@ -105,7 +105,7 @@ def test_the_pools_are_those_of_the_code():
     pools = {word for words in commands() for word in words if word.startswith(("foldin-", "--pool=foldin-"))}
     text = (INFRA / "prefect.yaml").read_text(encoding="utf-8")
     deployed = {each["work_pool"]["name"] for each in yaml.safe_load(text)["deployments"]}
-    assert deployed == {upkeep.POOL, "foldin-gpu"}
+    assert deployed == {pooling.CONTROL, pooling.FOLDS}
     assert {each.removeprefix("--pool=") for each in pools} == deployed
 
 

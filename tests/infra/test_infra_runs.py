@@ -162,14 +162,15 @@ def test_prefect_takes_the_deployments_and_schedules_the_nights(api, tmp_path, m
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     found = {each["entrypoint"]: each for each in ask(api, "/deployments/filter", {})}
     assert {each["work_pool_name"] for each in found.values()} == {"foldin-control", "foldin-gpu"}
-    assert found["flows.merge.merge_expert"]["work_pool_name"] == "foldin-gpu"
+    folds = {entrypoint for entrypoint, each in found.items() if each["work_pool_name"] == "foldin-gpu"}
+    assert folds == {"flows.merge.merge_expert", "flows.batching.merge_batch"}
     assert found["flows.watch.watch"]["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
-    assert len(found) == 5
+    assert len(found) == 6
 
     def nights():
         """When the scheduled runs of all deployments are to start."""
         runs = ask(api, "/flow_runs/filter", {"flow_runs": {"state": {"name": {"any_": ["Scheduled"]}}}})
-        assert {run["deployment_id"] for run in runs} <= {found["flows.watch.nightly"]["id"]}
+        assert {run["deployment_id"] for run in runs} <= {found["flows.nightly.nightly"]["id"]}
         return [run["expected_start_time"] for run in runs]
 
     local = [datetime.fromisoformat(each).astimezone(ZoneInfo("Europe/Berlin")) for each in wait_for(nights)]

@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from rich.console import Console
 
 from flows.config import load
-from flows.upkeep import POOL
+from flows.pooling import CONTROL, FOLDS
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 KINDS = ("process", "docker", "kubernetes")
@@ -124,7 +124,8 @@ def test_the_deployments_in_the_file_are_those_that_foldin_makes(deployments):
 
     config = load(INFRA / "foldin.toml")
     made = made_by(config, "/etc/foldin/foldin.toml")
-    assert {each.entrypoint for each in made} | {"flows.merge.merge_expert"} == set(deployments)
+    folds = {"flows.merge.merge_expert", "flows.batching.merge_batch"}
+    assert {each.entrypoint for each in made} | folds == set(deployments)
     for each in made:
         written = deployments[each.entrypoint]
         assert written["name"] == each.name
@@ -136,9 +137,9 @@ def test_the_deployments_in_the_file_are_those_that_foldin_makes(deployments):
         assert limit.get("limit") == each.concurrency_limit
         strategy = each.concurrency_options.collision_strategy.value if each.concurrency_options else None
         assert limit.get("collision_strategy") == strategy
-        assert written["work_pool"]["name"] in {POOL, "foldin-gpu"}
-    assert deployments["flows.merge.merge_expert"]["work_pool"]["name"] == "foldin-gpu"
-    assert deployments["flows.merge.merge_expert"]["name"] == "support"
+        assert written["work_pool"]["name"] == CONTROL
+    for entrypoint in folds:
+        assert (deployments[entrypoint]["name"], deployments[entrypoint]["work_pool"]["name"]) == ("support", FOLDS)
 
 
 def test_every_entry_point_is_a_flow(deployments):
