@@ -1,11 +1,15 @@
 """What goes wrong while an expert is read and folded, and whose fault it is: its own, the base's, or the machine's."""
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 from registry.files import shown
 from registry.records import FoldinError, Refusal
+
+T = TypeVar("T")
 
 # How torch says it in a RuntimeError: on processors, of a mapped file, on GPUs, and where a GPU's library has none.
 NO_MEMORY = (
@@ -25,6 +29,21 @@ def refused_by_system(error: Exception) -> Refusal:
     """What to say when the operating system or the network refused something."""
     what, remedy = "the system refused something", "free space, or repair what it names, and run this again"
     return Refusal("E_SYSTEM", what, found=shown(str(error)), remedy=remedy)
+
+
+def with_room(device: str, work: Callable[[], T]) -> T:
+    """What `work` returns; tried once more, after all that torch keeps for later was given back, when a GPU is full."""
+    import torch
+
+    try:
+        return work()
+    except RuntimeError as error:
+        if device == "cpu" or not is_out_of_memory(error):
+            raise
+    # Outside of the handler: the error holds the frames, and with them the tensors of the first try.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return work()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from flows.faults import blamed
+from flows.faults import blamed, with_room
 from flows.parts import Part
 from flows.plan import Plan, numerics_profile
 from flows.pool import Job
@@ -154,16 +154,18 @@ def _fold_pieces(
     plan: Plan, name: str, device: str, reader: "Reader | None"
 ) -> "Generator[Entry, None, list[Measure]]":
     """One tensor through all experts of a plan, piece by piece; the reader makes the serving tensor of them."""
+    import torch
+
     from merging.fold import fold_pieces
     from merging.measure import Measure
     from registry.writer import Entry
 
-    base, state = plan.tensor(plan.base, name).to(device), plan.earlier(name, device)
+    base, state, where = plan.tensor(plan.base, name), plan.earlier(name, "cpu"), torch.device(device)
     # While nobody has moved it an unmoved tensor has no state, and folding it would make one of zeros: the same.
     late = next(at for at, expert in enumerate(plan.experts) if name in expert.moved) if state is None else 0
-    experts = [plan.tensor(expert, name).to(device) if name in expert.moved else base for expert in plan.experts[late:]]
+    experts = [plan.tensor(expert, name) if name in expert.moved else base for expert in plan.experts[late:]]
     method, weights = plan.method_for(name), plan.weights[late:]
-    pieces = fold_pieces(method, base, cast("State | None", state), experts, weights)
+    pieces = fold_pieces(method, base, cast("State | None", state), experts, weights, where)
     measures, flat, at = [Measure(0.0, 0.0, 0.0, 0.0)] * late, base.reshape(-1), 0
     while True:
         try:
@@ -172,24 +174,29 @@ def _fold_pieces(
             return measures + cast("list[Measure]", end.value)
         yield Entry(f"{name}:total", piece["total"])
         if reader:
-            reader.take(flat[at : at + len(piece["total"])], piece)
+            reader.take(flat[at : at + len(piece["total"])].to(where), piece)
             at += len(piece["total"])
 
 
 def _fold_whole(plan: Plan, name: str, device: str) -> "Generator[Entry, None, list[Measure]]":
-    """One tensor through all experts of a plan, one after the other."""
+    """One tensor through all experts of a plan, one after the other; once more where a GPU was short of memory."""
     from merging.lowrank import Factors
     from registry.writer import Entry
 
+    state, measures = with_room(device, lambda: _folded_whole(plan, name, device))
+    sides = {f"total.{side}": each for side, each in state._asdict().items()} if isinstance(state, Factors) else state
+    yield from (Entry(f"{name}:{slot}", sides[slot]) for slot in sorted(sides))
+    return measures
+
+
+def _folded_whole(plan: Plan, name: str, device: str) -> "tuple[State | Factors, list[Measure]]":
     base = None if plan.is_factored(name) else plan.tensor(plan.base, name).to(device)
     state, measures = plan.earlier(name, device), []
     for number in range(len(plan.experts)):
         state, found = _step(plan, name, number, base, state, device)
         measures.append(found)
     assert state is not None, "a tensor of the plan was moved by somebody"
-    sides = {f"total.{side}": each for side, each in state._asdict().items()} if isinstance(state, Factors) else state
-    yield from (Entry(f"{name}:{slot}", sides[slot]) for slot in sorted(sides))
-    return measures
+    return state, measures
 
 
 def _step(

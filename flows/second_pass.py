@@ -79,13 +79,16 @@ def _check_finite(plan: Plan, name: str, found: "Reading") -> None:
 def _merged(
     plan: Plan, slots: "Checkpoint", stats: "Stats", name: str, device: str, ending: "list[Reading]"
 ) -> "Iterator[Tensor]":
-    """A merged tensor piece by piece; `ending` gets what came of it."""
-    from merging.lowrank import dense_state
+    """A merged tensor piece by piece; `ending` gets what came of it. Only factors are on the device as a whole."""
+    import torch
+
+    from merging.lowrank import Factors, dense_state
     from merging.read import read_pieces
 
-    method, base = plan.method_for(name), plan.tensor(plan.base, name).to(device)
-    state = dense_state(state_in(slots, name, method, device))
-    ending.append((yield from read_pieces(method, base, state, stats)))
+    method, base = plan.method_for(name), plan.tensor(plan.base, name)
+    kept = state_in(slots, name, method, "cpu")
+    state = dense_state(Factors(*(side.to(device) for side in kept)) if isinstance(kept, Factors) else kept)
+    ending.append((yield from read_pieces(method, base, state, stats, torch.device(device))))
 
 
 def _merged_variance(

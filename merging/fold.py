@@ -85,11 +85,12 @@ def fold_pieces(
     state: State | None,  # None: no expert has moved this tensor yet
     experts: Sequence[Tensor],  # in the order of folding, each of the shape of base and any float dtype
     weights: Sequence[float] = (),  # what each expert - base is multiplied by, > 0; () for 1
+    device: torch.device | None = None,  # where it is computed; None: where base is
 ) -> Generator[State, None, list[Measure]]:
     """The state of a tensor that is not projected after all experts, piece by piece; returns what each fold did.
 
     The pieces are flat and cover the entries in order. What is computed on the way stays in a core's cache, and the
-    result is that of folding the experts one after the other.
+    result is that of folding the experts one after the other. A device needs room for one piece of each tensor.
 
     Raises:
         MergeError: the tensors cannot be subtracted, or the result is not finite.
@@ -98,13 +99,14 @@ def fold_pieces(
         _check_pair(expert, base)
     old, news = base.detach().reshape(-1), [expert.detach().reshape(-1) for expert in experts]
     earlier = None if state is None else {name: slot.reshape(-1) for name, slot in state.items()}
-    given, room = scratch(old, 2, wide(base, *experts)), scratch(old, 3)
-    sums = torch.zeros(len(news), 6, dtype=torch.float64, device=base.device)
+    where = device or base.device
+    given, room = scratch(old, 2, wide(base, *experts), where), scratch(old, 3, device=where)
+    sums = torch.zeros(len(news), 6, dtype=torch.float64, device=where)
     inner = products_of_sum if method.additive else products
-    for part in blocks(old):
+    for part in blocks(old, where):
         theirs, ours = given[:, : part.stop - part.start]
         ours.copy_(old[part])
-        found = None if earlier is None else {name: slot[part] for name, slot in earlier.items()}
+        found = None if earlier is None else {name: slot[part].to(where) for name, slot in earlier.items()}
         for number, new in enumerate(news):
             delta = theirs.copy_(new[part]).sub_(ours).float()
             if weights and weights[number] != 1:  # a pass over the piece, which most experts need not pay

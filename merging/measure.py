@@ -32,20 +32,23 @@ class Measure(NamedTuple):
     removed: float  # share of ||expert - base||^2 that the fold did not add to the total, in [0, 1]
 
 
-def blocks(tensor: Tensor) -> Iterator[slice]:
-    """Slices that cover a tensor's entries in order, at least one."""
-    step, size = block_length(tensor), tensor.numel()
+def blocks(tensor: Tensor, device: torch.device | None = None) -> Iterator[slice]:
+    """Slices that cover a tensor's entries in order, at least one; for work on a device, None for the tensor's."""
+    step, size = block_length(tensor, device), tensor.numel()
     return (slice(start, min(start + step, size)) for start in range(0, max(1, size), step))
 
 
-def block_length(tensor: Tensor) -> int:
+def block_length(tensor: Tensor, device: torch.device | None = None) -> int:
     """The most entries that a slice of `blocks` covers."""
-    return max(1, min(BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK, tensor.numel()))
+    where = device or tensor.device
+    return max(1, min(BLOCK if where.type == "cpu" else DEVICE_BLOCK, tensor.numel()))
 
 
-def scratch(tensor: Tensor, rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def scratch(
+    tensor: Tensor, rows: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+) -> Tensor:
     """Room for some slices of a tensor, used again for each: fresh memory would cost more than the arithmetic."""
-    return torch.empty(rows, block_length(tensor), dtype=dtype, device=tensor.device)
+    return torch.empty(rows, block_length(tensor, device), dtype=dtype, device=device or tensor.device)
 
 
 def products(room: Tensor, delta: Tensor, after: Tensor, before: Tensor | None) -> Tensor:

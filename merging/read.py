@@ -36,22 +36,32 @@ def read_tensor(method: Method, base: Tensor, state: State | None, stats: Stats)
     return whole(pieces, base), found
 
 
-def read_pieces(method: Method, base: Tensor, state: State | None, stats: Stats) -> Generator[Tensor, None, Reading]:
-    """The merged tensor piece by piece, flat, in the order of its entries; returns what came of it."""
-    old = base.detach().reshape(-1)
+def read_pieces(
+    method: Method,
+    base: Tensor,
+    state: State | None,
+    stats: Stats,
+    device: torch.device | None = None,  # where it is computed; None: where base is
+) -> Generator[Tensor, None, Reading]:
+    """The merged tensor piece by piece, flat, in the order of its entries; returns what came of it.
+
+    A device needs room for one piece of each tensor, where the method reads entry by entry.
+    """
+    old, where = base.detach().reshape(-1), device or base.device
     if state is None:
-        yield from (old[part].clone() for part in blocks(old))
+        yield from (old[part].to(where, copy=True) for part in blocks(old, where))
         return Reading(0.0, 0.0, True)
     slots = {name: slot.reshape(-1) for name, slot in state.items()}
-    update_of_all = None if method.entrywise else method.read(state, stats).reshape(-1)
-    room, sums = reading_room(old), torch.zeros(3, dtype=torch.float64, device=base.device)
-    for part in blocks(old):
+    there = {name: slot.to(where) for name, slot in state.items()} if not method.entrywise else {}
+    update_of_all = method.read(there, stats).reshape(-1) if there else None
+    room, sums = reading_room(old, where), torch.zeros(3, dtype=torch.float64, device=where)
+    for part in blocks(old, where):
         update = (
-            method.read({name: slot[part] for name, slot in slots.items()}, stats)
+            method.read({name: slot[part].to(where) for name, slot in slots.items()}, stats)
             if update_of_all is None
             else update_of_all[part]
         )
-        merged, found = merged_piece(old[part], update, room)
+        merged, found = merged_piece(old[part].to(where), update, room)
         sums += found
         yield merged
     return reading_of(sums)
@@ -74,9 +84,9 @@ def merged_piece(base: Tensor, update: Tensor, room: Tensor) -> tuple[Tensor, Te
     return merged, torch.stack([(update @ update).double(), (lost @ lost).double(), _reach(cast).double() * 0])
 
 
-def reading_room(base: Tensor) -> Tensor:
+def reading_room(base: Tensor, device: torch.device | None = None) -> Tensor:
     """What `merged_piece` computes in."""
-    return scratch(base, 2, wide(base))
+    return scratch(base, 2, wide(base), device)
 
 
 def reading_of(sums: Tensor) -> Reading:  # (3,), float64

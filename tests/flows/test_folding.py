@@ -45,7 +45,7 @@ def test_leftovers_of_a_killed_run_are_cleared_away(candidate, tmp_path, method)
 
 def test_finished_parts_of_a_killed_run_are_kept(candidate, tmp_path):
     wanted = candidate(tmp_path / "whole")
-    (tmp_path / "whole" / "folded.json").unlink()
+    (tmp_path / "whole" / "fold.json").unlink()
     part = sorted((tmp_path / "whole/candidate" / STATE_FOLDER).glob("model-*.safetensors"))[0]
     before = part.stat().st_mtime_ns
     assert candidate(tmp_path / "whole") == wanted

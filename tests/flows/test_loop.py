@@ -14,7 +14,7 @@ from experiments.plain_client import champion, move_alias, register_expert
 from flows import memory, versions
 from flows.archives import archives
 from flows.archiving import archive
-from flows.faults import blamed
+from flows.faults import blamed, with_room
 from flows.memory import STATE_FILE, STATE_FORMAT
 from flows.versions import open_version
 from flows.wiring import artifact_root, house, tracking_uri
@@ -517,15 +517,43 @@ def test_too_little_memory_is_not_the_experts_fault_wherever_it_shows(at, zoo, m
     ids=str,
 )
 def test_too_little_memory_has_many_spellings(error):
-    from flows.merge import surroundings
+    from flows.sparing import surroundings
 
     for block in (surroundings(), blamed("a.weight")):
         with pytest.raises(FoldinError, match="E_MEMORY"), block:
             raise error
 
 
+def test_a_tensor_that_finds_a_gpu_full_is_tried_once_more_with_what_was_kept_given_back(monkeypatch):
+    told, full = [], torch.OutOfMemoryError("CUDA out of memory")
+
+    def after(*answers):
+        """Raises or returns what is given, one a call."""
+        left = list(answers)
+
+        def work():
+            told.append("tried")
+            answer = left.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return work
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("emptied"))
+    assert with_room("cuda:0", after(full, "folded")) == "folded"
+    assert told == ["tried", "emptied", "tried"]
+    for device, answers, error in (
+        ("cuda:0", (full, full), torch.OutOfMemoryError),
+        ("cpu", (full,), torch.OutOfMemoryError),
+        ("cuda:0", (RuntimeError("shapes"),), RuntimeError),
+    ):
+        with pytest.raises(error):
+            with_room(device, after(*answers))
+
+
 def test_an_error_that_says_nothing_of_memory_is_left_as_it_is():
-    from flows.merge import surroundings
+    from flows.sparing import surroundings
 
     for block in (surroundings(), blamed("a.weight")):
         with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"), block:

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from merging import METHODS, Stats, build, merge
+from merging import METHODS, Stats, build, measure, merge
 from merging.fold import drained, fold_pieces, fold_tensor, role_of
 from merging.lowrank import Factors, dense, fold_factors
 from merging.method import Role
@@ -119,6 +119,26 @@ def test_pieces_stay_on_their_device(away):
     again, _ = drained(fold_pieces(rule, base, pieces[0], experts))
     read, _ = drained(read_pieces(rule, base.bfloat16(), again[0], Stats(6.0, 1.0, 1.0)))
     assert [piece["total"].device for piece in pieces] == [read[0].device] == [AWAY]
+
+
+def test_a_device_holds_one_piece_of_each_tensor_and_gives_the_same_bytes(away, monkeypatch):
+    monkeypatch.setattr(measure, "BLOCK", 16)
+    monkeypatch.setattr(measure, "DEVICE_BLOCK", 16)
+    base, experts = matrices(12, 8)
+    rule, stats = build("average", {}), Stats(6.0, 1.0, 1.0)
+
+    def folded(device):
+        first, _ = drained(fold_pieces(rule, base, None, experts, device=device))
+        state = {"total": torch.cat([piece["total"].cpu() for piece in first])}
+        again, found = drained(fold_pieces(rule, base, state, experts, device=device))
+        state = {"total": torch.cat([piece["total"].cpu() for piece in again])}
+        read, _ = drained(read_pieces(rule, base, state, stats, device))
+        return again, found, torch.cat([piece.cpu() for piece in read]), max(map(len, read))
+
+    here, there = folded(None), folded(AWAY)
+    assert {piece["total"].device for piece in there[0]} == {AWAY}
+    assert there[1:] == (here[1], there[2], 16)
+    assert torch.equal(there[2], here[2])
 
 
 def test_factors_stay_on_their_device(away):
