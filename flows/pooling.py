@@ -7,7 +7,11 @@ from pathlib import Path
 
 from flows.config import load
 from flows.environment import prepare_environment
+from flows.repeating import repeat_dead
 from flows.serve import deployments
+from flows.wiring import holder
+
+CONTROL, GPU = "foldin-control", "foldin-gpu"
 
 
 def main(config_file: Path, pool: str) -> None:
@@ -18,11 +22,13 @@ def main(config_file: Path, pool: str) -> None:
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists
 
-    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
-        client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
-    for each in deployments(config, str(config_file)):
-        each.apply(work_pool_name=pool)
-    worker = ["prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    with get_client(sync_client=True) as client:
+        with suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+        for each in deployments(config, str(config_file)) if pool == CONTROL else ():
+            each.apply(work_pool_name=pool)
+        repeat_dead(client, pool)
+    worker = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", holder()]
     os.execv(sys.executable, [sys.executable, "-m", *worker])
 
 
