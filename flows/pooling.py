@@ -11,7 +11,8 @@ from flows.repeating import repeat_dead
 from flows.serve import deployments
 from flows.wiring import holder
 
-CONTROL, GPU = "foldin-control", "foldin-gpu"
+CONTROL = "foldin-control"  # where lines are watched
+FOLDS = "foldin-gpu"  # where those fold that name it as [lines.NAME.runner] pool
 
 
 def main(config_file: Path, pool: str) -> None:

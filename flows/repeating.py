@@ -46,11 +46,12 @@ def _dead(client: "SyncPrefectClient", pool: str) -> "list[FlowRun]":
 
 
 def _children(client: "SyncPrefectClient", run: "FlowRun") -> "list[FlowRun]":
-    """The runs within a run that have not ended."""
+    """The runs in a run's own process that have not ended."""
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 
     of_it = FlowRunFilterParentFlowRunId(any_=[run.id])
-    return client.read_flow_runs(flow_run_filter=FlowRunFilter(state=_unended(), parent_flow_run_id=of_it))
+    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=_unended(), parent_flow_run_id=of_it))
+    return [each for each in found if each.deployment_id is None]  # others work on, in a pool of their own
 
 
 def _unended() -> "FlowRunFilterState":

@@ -18,7 +18,7 @@ from flows.config import Config, load
 from flows.environment import store_variables, using_variables, variables_file
 from flows.hints import subscribe
 from flows.options import RegistryConfig
-from flows.pooling import CONTROL, GPU
+from flows.pooling import CONTROL, FOLDS
 from flows.processes import HOST, Kept, Page, Service, python
 from flows.stack import MOTO, check_packages, postgresql, prefect, registry_of, stacked_mlflow, store
 from flows.supervising import Supervisor
@@ -26,7 +26,7 @@ from flows.telling import busy, say
 from registry.files import write_atomic, write_json
 from registry.records import FoldinError, Refusal
 
-POOLS = {"worker": CONTROL, "gpu-worker": GPU}
+POOLS = {"worker": CONTROL, "gpu-worker": FOLDS}
 STATE = "state.json"
 ENDING = 150.0  # seconds that all services may take to end, and what folds
 CALLS_HERE = {  # MLflow may send webhooks to this machine

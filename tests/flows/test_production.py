@@ -42,6 +42,11 @@ class Production:
         version = MlflowClient(self.uri, self.uri).get_model_version(model, str(number))
         return number, version.creation_timestamp / 1000
 
+    def wait_for_rest(self, line):
+        """Until no `watch` of a line has begun and not ended."""
+        busy = {"PENDING", "RUNNING", "CANCELLING"}
+        wait_until(lambda: not any(each["state_type"] in busy for each in self.runs("watch", line)), 120)
+
     def add_line(self, name, old, new):
         """One more line, which differs from `tiny` in one setting; the worker learns of it when it starts again."""
         text = self.toml.read_text()
@@ -79,7 +84,7 @@ def test_each_of_ten_experts_is_folded_through_the_webhook_in_seconds(production
         assert number == turn
         wait_until(lambda turn=turn: served(production.uri) == 1 + turn, 300)
         champion_at = time.time()
-        wait_until(lambda: all(each["end_time"] for each in production.runs("watch", "tiny")), 60)
+        production.wait_for_rest("tiny")
         key = f"foldin tiny: tiny-experts v{number}"
         (told,) = (each for each in production.runs("watch", "tiny") if each["idempotency_key"] == key)
         fold = production.runs("merge-expert")[-1]
@@ -104,6 +109,7 @@ def test_what_no_webhook_tells_the_next_look_on_the_interval_finds(production, z
     assert {(each["auto_scheduled"], "woken" in each["tags"]) for each in looks} == {(True, False)}
     text = production.toml.read_text()
     production.toml.write_text(text.replace("interval = 20.0", "interval = 3600.0"))
+    production.wait_for_rest("polled")
 
 
 def test_the_night_comes_by_its_cron(production, zoo):
