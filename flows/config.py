@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evaluation.approval import APPROVALS
@@ -137,8 +137,10 @@ def _receiver(path: Path, value: object) -> ReceiverConfig:
 
 def _stack(path: Path, value: object) -> StackConfig:
     found = read_table(path, "stack", StackConfig, value)
-    for key, port in asdict(found).items():
-        _check_port(path, f"[stack] {key}", port)
+    for key in ("mlflow_port", "prefect_port", "s3_port"):
+        _check_port(path, f"[stack] {key}", getattr(found, key))
+    if found.s3_command and "{port}" not in " ".join(found.s3_command):
+        raise refused(path, "[stack] s3_command names no {port}", "a command with {port} in it", str(found.s3_command))
     return found
 
 

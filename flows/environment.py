@@ -8,8 +8,9 @@ from pathlib import Path
 from flows.config import Config
 from registry.records import FoldinError, Refusal
 
-STORE_KEYS = {  # of a store on this machine, which asks for some and looks at none
-    **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "foldin"),
+STORE_KEYS = {  # of a store on this machine; moto asks for some and looks at none
+    "AWS_ACCESS_KEY_ID": "foldin",
+    "AWS_SECRET_ACCESS_KEY": "foldin-on-this-machine",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 STORE_URLS = ("MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")

@@ -3,7 +3,11 @@
 import json
 from collections.abc import Callable, Mapping
 
+from flows.config import Config
+from flows.environment import webhook_secrets
 from flows.options import LineConfig
+from flows.wiring import tracking_uri
+from registry.records import Refusal
 
 EVENTS = ("model_version.created", "model_version_alias.created")  # what is asked of MLflow
 
@@ -33,3 +37,15 @@ def lines_for(body: bytes, lines: Mapping[str, LineConfig], champion: Callable[[
     if moved and version != str(champion(name)):
         return {name: f"{name}@champion on v{version} {event.get('timestamp')}"}
     return {}
+
+
+def subscribe(config: Config) -> Refusal | None:
+    """Have MLflow send what may be about a line to the receiver; why a trial delivery failed, None when it arrived.
+
+    Raises:
+        FoldinError: E_CONFIG without a secret; E_WEBHOOK when MLflow is no server.
+    """
+    secret = webhook_secrets()[0].decode()
+    from registry.mlflow_webhooks import Webhooks
+
+    return Webhooks(tracking_uri(config), config.receiver.address).install(EVENTS, secret)

@@ -49,17 +49,11 @@ def webhook() -> None:
 def install(options: dict[str, Any]) -> None:
     """Have MLflow send webhooks to the address of [receiver], and try one."""
     config = prepared(options)
-    from flows.environment import webhook_secrets
-    from flows.wiring import tracking_uri
-
-    secret = webhook_secrets()[0]
     busy("talking to MLflow")
-    from flows.hints import EVENTS
-    from registry.mlflow_webhooks import Webhooks
+    from flows.hints import EVENTS, subscribe
 
-    webhooks = Webhooks(tracking_uri(config), config.receiver.address)
-    refusal = webhooks.install(EVENTS, secret.decode())
-    click.echo(f"{webhooks.url}: {', '.join(EVENTS)}")
+    refusal = subscribe(config)
+    click.echo(f"{config.receiver.address}: {', '.join(EVENTS)}")
     if refusal:
         say(f"warning: {refusal}")
     else:

@@ -41,6 +41,7 @@ class StackConfig:
     mlflow_port: float = 5000.0
     prefect_port: float = 4200.0
     s3_port: float = 9000.0
+    s3_command: tuple[str, ...] = ()  # what serves S3 there, with {port} and {folder} in it; () = moto, in memory
 
 
 @dataclass(frozen=True)

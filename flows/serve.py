@@ -1,10 +1,9 @@
 """What keeps running: the deployments of every line, and the pages to look at."""
 
 import logging
-import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -12,14 +11,12 @@ from typing import Any
 from flows import wiring
 from flows.config import Config
 from flows.environment import prefect_api_url, using_prefect
-from flows.processes import HOST, Page, free_port, log_of, server_process, wait_for
+from flows.processes import HOST, Page, Service, free_port, python, started
+from flows.stack import TALKING, mlflow, prefect
 from flows.telling import say
 from registry.records import FoldinError, Refusal
 
-TALKING = {"PREFECT_SERVER_LOG_RETRYABLE_ERRORS": "1"}  # why it answered 503, which else nobody learns
 TEMPORARY = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
-
-LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # pages only: without it MLflow keeps eight more processes
 
 
 def deployments(config: Config, config_file: str) -> list[Any]:
@@ -100,9 +97,7 @@ def prefect_server(config: Config, port: int = 4200) -> Iterator[str]:
     Raises:
         FoldinError: E_SERVER when the port is taken or the server does not start.
     """
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    pages = {"PREFECT_UI_API_URL": f"http://{HOST}:{port}/api"}  # where the browser asks; the default is port 4200
-    with _prefect(config, Page("Prefect", port, "--prefect-port", "/api/health"), command, pages, watched=True) as url:
+    with _prefect(config, prefect(port, "--prefect-port"), watched=True) as url:
         say(f"Prefect: {url.removesuffix('/api')}")
         yield url
 
@@ -119,8 +114,9 @@ def temporary_prefect(config: Config, meanwhile: Callable[[], object] = lambda: 
     """
     page = Page("Prefect (temporary)", free_port(), "", "/api/health")
     app = ["--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error"]
-    command = [sys.executable, "-m", "uvicorn", *app, "--host", HOST, "--port", str(page.port)]
-    with _prefect(config, page, command, TEMPORARY, meanwhile, watched=False) as url:
+    command = python("uvicorn", *app, "--host", HOST, "--port", str(page.port))
+    service = Service(page, lambda: command, {**TALKING, **TEMPORARY})
+    with _prefect(config, service, meanwhile, watched=False) as url:
         yield url
 
 
@@ -135,25 +131,16 @@ def mlflow_server(config: Config, port: int = 5000) -> Iterator[str]:
     if uri.startswith("http"):
         yield uri
         return
-    root = wiring.artifact_root(config)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
-    command += ["--host", HOST, "--port", str(port), *(["--default-artifact-root", root] if root else [])]
-    page = Page("MLflow", port, "--mlflow-port", "/health")
-    with server_process(config, page, command, LEAN) as server:
-        wait_for(page, server, log_of(config, page))
-        say(f"MLflow:  {page.url}")
-        yield page.url
+    service = mlflow(port, lambda: uri, wiring.artifact_root(config), "--mlflow-port")
+    with started(service, config.home) as server:
+        server.await_answer()
+        say(f"MLflow:  {service.page.url}")
+        yield service.page.url
 
 
 @contextmanager
 def _prefect(
-    config: Config,
-    page: Page,
-    command: list[str],
-    environment: Mapping[str, str],
-    meanwhile: Callable[[], object] = lambda: None,
-    *,
-    watched: bool,
+    config: Config, service: Service, meanwhile: Callable[[], object] = lambda: None, *, watched: bool
 ) -> Iterator[str]:
     """The API that PREFECT_API_URL names, or that of a new server, named there while the block runs."""
     named = prefect_api_url()
@@ -162,11 +149,10 @@ def _prefect(
         meanwhile()
         yield named
         return
-    url = f"{page.url}/api"
-    environment = {**TALKING, **environment}
-    with server_process(config, page, command, environment) as server, using_prefect(url, watched=watched):
+    url = f"{service.page.url}/api"
+    with started(service, config.home) as server, using_prefect(url, watched=watched):
         meanwhile()
-        wait_for(page, server, log_of(config, page))
+        server.await_answer()
         try:
             yield url
         finally:

@@ -10,17 +10,17 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from flows.config import Config
 from flows.environment import store_variables, using_variables
 from flows.options import RegistryConfig
-from flows.processes import HOST, Page, free_port
-from flows.serve import LEAN
-from flows.supervising import Service, Supervisor
+from flows.processes import HOST, Page, Service, free_port, python
+from flows.supervising import Supervisor
 from flows.telling import say
 from registry.records import FoldinError, Refusal
 
@@ -28,6 +28,11 @@ BUCKET = "foldin"
 ROOT = f"s3://{BUCKET}/mlflow"
 DATABASES = ("ledger", "mlflow")
 ADDRESSES = "addresses.json"
+MOTO = (*python("moto.server", "--host", HOST, "--port", "{port}"),)  # keeps everything in memory
+LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # pages only: without it MLflow keeps eight more processes
+TALKING = {"PREFECT_SERVER_LOG_RETRYABLE_ERRORS": "1"}  # why it answered 503, which else nobody learns
+# A server that was killed must know later who holds a slot: in memory, a line's `watch` would stay occupied for ever.
+REMEMBERING = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
 
 @contextmanager
@@ -39,7 +44,7 @@ def servers(config: Config) -> Iterator[RegistryConfig]:
     """
     check_packages()
     folder = config.home / "postgresql"
-    kept = (postgresql(folder), store(free_port()), mlflow(free_port(), folder))
+    kept = (postgresql(folder), store(free_port(), config.home / "s3"), stacked_mlflow(free_port(), folder))
     supervisor = Supervisor(kept, config.home, lambda started: None)
     with using_variables(store_variables(kept[1].page.url)):
         try:
@@ -79,35 +84,59 @@ def postgresql(folder: Path) -> Service:
         except (FileNotFoundError, psycopg.OperationalError):
             return False
 
-    return Service(Page("PostgreSQL", 0, "", ""), lambda: _module("flows.stack", str(folder)), answers=answers)
+    return Service(Page("PostgreSQL", 0, "", ""), lambda: python("flows.stack", str(folder)), answers=answers)
 
 
-def store(port: int) -> Service:
-    """A store with a bucket."""
-    page = Page("S3 (moto)", port, "", "/moto-api/")
+def store(port: int, folder: Path, command: Sequence[str] = MOTO, option: str = "") -> Service:
+    """A store with a bucket, and a folder of its own to keep it in; {port} and {folder} in its command are these."""
+    page = Page(f"S3 ({command[0] if command != MOTO else 'moto'})", port, option, "")
 
-    def make_bucket() -> None:
-        with urllib.request.urlopen(urllib.request.Request(f"{page.url}/{BUCKET}", method="PUT"), timeout=10):
-            pass
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(page.url, timeout=5):
+                return True
+        except urllib.error.HTTPError:
+            return True  # it wants to know who asks
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return False
 
-    command = _module("moto.server", "--host", HOST, "--port", str(port))
-    return Service(page, lambda: command, prepare=make_bucket)
+    def prepare() -> None:
+        from registry.objects import Objects
+
+        Objects(page.url).make_bucket(f"s3://{BUCKET}")
+        Objects(page.url).probe(ROOT)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    filled = [each.replace("{port}", str(port)).replace("{folder}", str(folder)) for each in command]
+    return Service(page, lambda: filled, answers=answers, prepare=prepare)
 
 
-def mlflow(port: int, databases: Path, environment: Mapping[str, str] = LEAN) -> Service:
-    """MLflow on PostgreSQL, its files in the store."""
-    page = Page("MLflow", port, "", "/health")
-
-    def command() -> list[str]:
-        keeps = ("--default-artifact-root", ROOT, "--no-serve-artifacts")
-        database = ("--backend-store-uri", _databases(databases)["mlflow"])
-        return _module("mlflow", "server", *database, "--workers", "1", "--host", HOST, "--port", str(port), *keeps)
-
-    return Service(page, command, {**LEAN, **environment})
+def stacked_mlflow(port: int, databases: Path, option: str = "", environment: Mapping[str, str] = LEAN) -> Service:
+    """MLflow on PostgreSQL, its files in the store; clients reach them without it."""
+    found = mlflow(port, lambda: _databases(databases)["mlflow"], ROOT, option, environment)
+    return replace(found, command=lambda: [*found.command(), "--no-serve-artifacts"])
 
 
-def _module(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", name, *arguments]
+def mlflow(
+    port: int,
+    database: Callable[[], str],  # its URL, asked for when it is started
+    root: str,  # where files go; "" leaves it to MLflow
+    option: str = "",
+    environment: Mapping[str, str] = LEAN,
+) -> Service:
+    """MLflow with one process that answers."""
+    keeps = ("--default-artifact-root", root) if root else ()
+    where = ("--workers", "1", "--host", HOST, "--port", str(port), *keeps)
+    page = Page("MLflow", port, option, "/health")
+    begin = ("server", "--backend-store-uri")
+    return Service(page, lambda: python("mlflow", *begin, database(), *where), {**LEAN, **environment})
+
+
+def prefect(port: int, option: str = "") -> Service:
+    """Prefect with its pages."""
+    command = python("prefect", "server", "start", "--host", HOST, "--port", str(port))
+    pages = {"PREFECT_UI_API_URL": f"http://{HOST}:{port}/api"}  # where the browser asks; the default is port 4200
+    return Service(Page("Prefect", port, option, "/api/health"), lambda: command, {**TALKING, **REMEMBERING, **pages})
 
 
 def _databases(folder: Path) -> dict[str, str]:

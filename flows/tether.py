@@ -11,8 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 GRACE = 5.0  # seconds between asking the command's processes to end and ending them
+REST = 30.0  # the same for those that lead sessions of their own: a fold gives its line back and tells Prefect
 LOOK = 0.2  # seconds between two looks at the command
 
 
@@ -35,16 +39,34 @@ def _let_go() -> bool:
 
 
 def _end(running: "subprocess.Popen[bytes]") -> None:
-    """End the command's whole process group: servers start workers that do not follow them."""
-    patience = time.monotonic() + GRACE
-    alive = _send(running.pid, signal.SIGTERM)
-    while alive and time.monotonic() < patience:
-        running.poll()
-        time.sleep(0.05)
-        alive = _send(running.pid, 0)
-    if alive:
+    """End the command's whole process group: servers start workers that do not follow them.
+
+    First those that lead sessions of their own, while the command stands still: Prefect's worker, asked to end, kills
+    its flow runs without a word, and left alone would begin the next.
+    """
+    apart = _apart(running.pid)
+    if apart:
+        _send(running.pid, signal.SIGSTOP)
+        for pid in apart:
+            _send(pid, signal.SIGTERM)
+        _last(REST, lambda: any(map(_lives, apart)))
+        for pid in apart:
+            _send(pid, signal.SIGKILL)
+    asked = _send(running.pid, signal.SIGTERM)
+    _send(running.pid, signal.SIGCONT)
+    if asked and _last(GRACE, lambda: running.poll() is None or _send(running.pid, 0)):
         _send(running.pid, signal.SIGKILL)
     running.wait()
+
+
+def _last(seconds: float, true: Callable[[], bool]) -> bool:
+    """Whether something is still true after a while."""
+    patience = time.monotonic() + seconds
+    while true():
+        if time.monotonic() > patience:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _send(group: int, number: int) -> bool:
@@ -54,6 +76,24 @@ def _send(group: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _apart(pid: int) -> list[int]:
+    """The processes below one that lead groups of their own; none where there is no /proc."""
+    found = []
+    with suppress(OSError):
+        for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()):
+            with suppress(ProcessLookupError):
+                found += [*([child] if os.getpgid(child) == child else []), *_apart(child)]
+    return found
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process still works; one that ended is there until its parent asks for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

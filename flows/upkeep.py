@@ -5,7 +5,6 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,19 +15,20 @@ from typing import Any
 
 from flows import wiring
 from flows.config import Config, load
-from flows.environment import prefect_api_url, store_variables, using_variables, variables_file, webhook_secrets
+from flows.environment import store_variables, using_variables, variables_file
+from flows.hints import subscribe
 from flows.options import RegistryConfig
-from flows.processes import HOST, Page
-from flows.serve import TALKING
-from flows.stack import check_packages, mlflow, postgresql, registry_of, store
-from flows.supervising import Kept, Service, Supervisor
+from flows.pooling import CONTROL, FOLDS
+from flows.processes import HOST, Kept, Page, Service, python
+from flows.stack import MOTO, check_packages, postgresql, prefect, registry_of, stacked_mlflow, store
+from flows.supervising import Supervisor
 from flows.telling import busy, say
 from registry.files import write_atomic, write_json
 from registry.records import FoldinError, Refusal
 
-POOL = "foldin-control"
+POOLS = {"worker": CONTROL, "gpu-worker": FOLDS}
 STATE = "state.json"
-ENDING = 90.0  # seconds that all services may take to end
+ENDING = 150.0  # seconds that all services may take to end, and what folds
 CALLS_HERE = {  # MLflow may send webhooks to this machine
     "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
     "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
@@ -56,7 +56,9 @@ def up(config_file: Path, config: Config) -> None:
             supervisor.start(stop)
             if stop.is_set():
                 return
-            _install_webhook(load(config_file))
+            refusal = subscribe(load(config_file))
+            if refusal:
+                say(f"warning: {refusal}")
             text = "".join(f"{key}={value}\n" for key, value in sorted(variables.items()))
             write_atomic(variables_file(config), text.encode())
             ready.set()
@@ -77,7 +79,7 @@ def detach(config_file: Path, config: Config) -> None:
     _check_none_runs(config)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     log = folder / "logs" / "up.log"
-    command = [sys.executable, "-m", "flows.cli", "--config", str(config_file), "up"]
+    command = python("flows.cli", "--config", str(config_file), "up")
     with open(log, "ab") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -129,24 +131,27 @@ def _services(config_file: Path, config: Config, folder: Path) -> tuple[Service,
     """All, in the order in which they need each other."""
     ports, databases = config.stack, folder / "postgresql"
     hooks = {**CALLS_HERE, "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": _kept_secret(folder / "mlflow.key", _fernet_key)}
-    registry = mlflow(int(ports.mlflow_port), databases, hooks)
+    registry = stacked_mlflow(int(ports.mlflow_port), databases, "mlflow_port of [stack]", hooks)
 
     def name_registry() -> None:
         _write_registry(config_file, registry_of(databases, registry.page.url))
 
-    port, pages = str(int(ports.prefect_port)), {"PREFECT_UI_API_URL": prefect_api_url()}
-    prefect = _python("prefect", "server", "start", "--host", HOST, "--port", port)
-    pool = _python("flows.pooling", str(config_file), POOL)
-    receiver = _python("flows.cli", "--config", str(config_file), "receive")
-    receives = Page("receiver", int(config.receiver.port), "", "/healthz")
+    receives = Page("receiver", int(config.receiver.port), "port of [receiver]", "/healthz")
+    receiver = python("flows.cli", "--config", str(config_file), "receive")
     return (
         postgresql(databases),
-        store(int(ports.s3_port)),
+        store(int(ports.s3_port), folder / "s3", ports.s3_command or MOTO, "s3_port of [stack]"),
         replace(registry, prepare=name_registry),
-        Service(Page("Prefect", int(port), "", "/api/health"), lambda: prefect, {**TALKING, **pages}),
-        Service(Page("worker", 0, "", ""), lambda: pool, {"PREFECT_WORKER_QUERY_SECONDS": "1"}),
+        prefect(int(ports.prefect_port), "prefect_port of [stack]"),
+        *(_worker(title, config_file, pool) for title, pool in POOLS.items()),
         Service(receives, lambda: receiver),
     )
+
+
+def _worker(title: str, config_file: Path, pool: str) -> Service:
+    """What runs the flow runs of a work pool."""
+    command = python("flows.pooling", str(config_file), pool)
+    return Service(Page(title, 0, "", ""), lambda: command, {"PREFECT_WORKER_QUERY_SECONDS": "1"})
 
 
 def _variables(config: Config, folder: Path) -> dict[str, str]:
@@ -177,10 +182,6 @@ def _fernet_key() -> str:
     return Fernet.generate_key().decode()
 
 
-def _python(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
-
-
 def _check_none_runs(config: Config) -> None:
     found = state(config)
     if found:
@@ -209,17 +210,6 @@ def _write_registry(config_file: Path, registry: RegistryConfig) -> None:
         table.update(wanted)
         write_atomic(config_file, tomlkit.dumps(document).encode())
         say(f"{config_file.name}: [registry] names these services")
-
-
-def _install_webhook(config: Config) -> None:
-    from flows.hints import EVENTS
-    from registry.mlflow_webhooks import Webhooks
-
-    refusal = Webhooks(config.registry.tracking_uri, config.receiver.address).install(
-        EVENTS, webhook_secrets()[0].decode()
-    )
-    if refusal:
-        say(f"warning: {refusal}")
 
 
 def _note(folder: Path, kept: Sequence[Kept], *, ready: bool) -> None:

@@ -23,6 +23,7 @@ MARK = "foldin-upload"  # metadata that tells an upload's object from every othe
 COPY_LIMIT = 5 * 2**30  # bytes that S3 copies in one request
 COPY_PART = 2**29
 MISSING = ("404", "NotFound", "NoSuchKey")
+OWNED = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 EXISTS = ("412", "PreconditionFailed")
 
 
@@ -184,6 +185,10 @@ class Objects:
     def remove(self, uri: str) -> None:
         """Remove an object; one that is gone already is well. A versioned bucket keeps its old versions."""
         self._endpoint.ask("DeleteObject", uri, refusals=MISSING)
+
+    def make_bucket(self, uri: str) -> None:
+        """Make the bucket of an address; one that is there is well."""
+        self._endpoint.ask("CreateBucket", uri, refusals=OWNED)
 
     def probe(self, prefix_uri: str) -> None:
         """See that the store keeps the promise that `create` rests on, with a scratch object that is removed again.

@@ -1,6 +1,5 @@
 """The page in headless Chromium: light, dark and narrow, without a single request or complaint."""
 
-import shutil
 import subprocess
 import threading
 from contextlib import contextmanager
@@ -11,14 +10,12 @@ import pytest
 from matplotlib.image import imread
 
 from evaluation.page import as_html
+from tests.browsing import CHROMIUM, QUIET
 from tests.evaluation.sample_reports import sample
 
 pytestmark = pytest.mark.integration
 
-CHROMIUM = shutil.which("chromium")
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-QUIET += ["--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]
-QUIET += ["--enable-logging=stderr", "--v=0"]
+LOUD = [*QUIET, "--enable-logging=stderr", "--v=0"]
 SCHEMES = {"dark": 0, "light": 1}  # of Blink's setting preferredColorScheme
 OURS = "report.example"
 EVIL = "<img src=http://evil.example/x.png><script src=http://evil.example/x.js></script>"
@@ -64,7 +61,7 @@ def browse(tmp_path):
     def browse(pages, path, *options):
         with served(pages) as (port, asked):
             place = [f"--user-data-dir={tmp_path / 'profile'}", f"--host-resolver-rules=MAP * 127.0.0.1:{port}"]
-            command = [CHROMIUM, *QUIET, *place, *options, f"http://{OURS}{path}"]
+            command = [CHROMIUM, *LOUD, *place, *options, f"http://{OURS}{path}"]
             ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         said = [line for line in ended.stderr.splitlines() if "CONSOLE" in line]
         return ended.stdout, said, [each for each in asked if each[0] in (OURS, "evil.example")]

@@ -134,6 +134,7 @@ def test_other_places_are_taken_as_they_are(write, key, value):
         ("[registry]\nlease_seconds = inf", ["lease_seconds is out of range", "Found inf"]),
         ("[receiver]\nport = 70000", ["[receiver] port is out of range", "from 1 to 65535", "Found 70000"]),
         ('[receiver]\nurl = "here"', ["[receiver] url is no address", "http(s)://HOST/PATH", "Found here"]),
+        ("[stack]\ns3_command = ['serve']", ["[stack] s3_command names no {port}", "a command with {port} in it"]),
         ("[stack]\ns3_port = 0", ["[stack] s3_port is out of range", "from 1 to 65535", "Found 0"]),
         ('[registry]\nhome = "foldin.toml"', ["home is not a folder", "Expected a folder", "foldin.toml"]),
         ('[lines.demo]\nbase = "x"\nexperts = []', ["experts names no registered model", "Found []"]),

@@ -21,6 +21,7 @@ from flows.config import load
 from flows.serve import mlflow_server, prefect_server, temporary_prefect
 from flows.wiring import tracking_uri
 from registry.records import FoldinError
+from tests.flows.patience import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -49,13 +50,6 @@ def marked(mark):
         if carries:  # a process that ended and was not waited for has an empty environment
             found.append(int(folder.name))
     return found
-
-
-def wait_until(true, seconds):
-    patience = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < patience, f"not after {seconds} s"
-        time.sleep(0.2)
 
 
 def free_port():
@@ -259,4 +253,35 @@ def test_a_tether_ends_the_command_and_what_it_started(mark, let_go, stubborn):
         time.sleep(0.5)  # until the child has set its signal handler
         tether.stdin.close() if let_go == "close" else tether.terminate()
         tether.wait(20)
+    assert marked(mark) == []
+
+
+RUN = """
+import signal, sys, time
+from pathlib import Path
+def end(*_):
+    time.sleep(1)
+    Path(sys.argv[1]).write_text("done")
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+WORKER = """
+import signal, subprocess, sys
+run = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], start_new_session=True)
+signal.signal(signal.SIGTERM, lambda *_: (run.kill(), sys.exit(3)))
+run.wait()
+signal.pause()
+"""
+
+
+def test_a_tether_lets_what_leads_its_own_session_end_first(tmp_path, mark):
+    words = tmp_path / "words"
+    command = [sys.executable, "-m", "flows.tether", sys.executable, "-c", WORKER, RUN, str(words)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tether:
+        assert tether.stdout.readline() == b"ready\n"
+        tether.stdin.close()
+        assert tether.wait(20) == 3
+    assert words.read_text() == "done"
     assert marked(mark) == []

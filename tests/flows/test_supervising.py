@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from flows import supervising
-from flows.processes import Page, free_port
-from flows.supervising import Service, Supervisor
+from flows import processes, supervising
+from flows.processes import Page, Service, free_port
+from flows.supervising import Supervisor
 from registry.records import FoldinError
+from tests.flows.patience import wait_until
 
 SERVER = """
 import http.server, os, sys, time
@@ -54,13 +55,6 @@ class Keeper:
         self.supervisor.end()
 
 
-def wait_until(true, seconds=20):
-    patience = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < patience, f"not after {seconds} s"
-        time.sleep(0.02)
-
-
 def server_of(kept):
     """The process id of the server itself, which its tether started."""
     return int(children(kept.process.pid)[0])
@@ -93,16 +87,21 @@ def test_each_is_started_when_those_before_it_answer_and_ended_after_those_behin
 
 
 def test_one_that_is_killed_is_started_again_and_prepared_again(tmp_path):
-    prepared = []
-    one = service(prepare=lambda: prepared.append(time.monotonic()))
-    with Keeper(tmp_path, one) as keeper:
+    started, prepared = [], []
+    one = service()
+
+    def command():
+        started.append(time.monotonic())
+        return one.command()
+
+    with Keeper(tmp_path, Service(one.page, command, prepare=lambda: prepared.append(one.is_well()))) as keeper:
         for times in (1, 2):
             os.kill(server_of(keeper.kept[0]), signal.SIGKILL)
             wait_until(lambda times=times: len(prepared) == 1 + times)
-            assert one.is_well()
             assert keeper.kept[0].restarts == times
+    assert prepared == [True, True, True]
     assert [note for note in keeper.notes if note != [0]] == [[1], [2]]
-    assert prepared[2] - prepared[1] > 1.9, "who keeps ending is given longer pauses"
+    assert started[2] - started[1] > 1.9, "who keeps ending is given longer pauses"
 
 
 def test_one_that_falls_silent_is_started_again(tmp_path, monkeypatch):
@@ -118,6 +117,51 @@ def test_one_that_falls_silent_is_started_again(tmp_path, monkeypatch):
         frozen.clear()
         wait_until(lambda: keeper.kept[0].lives and silent.is_well())
         assert server_of(keeper.kept[0]) != before
+
+
+def test_one_that_takes_long_to_start_again_is_given_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervising, "PROBE", 0.1)
+    one = service()
+    slow = Service(one.page, one.command, answers=lambda: not asleep.is_set() and one.is_well())
+    asleep = threading.Event()
+    with Keeper(tmp_path, slow) as keeper:
+        kept = keeper.kept[0]
+        asleep.set()
+        os.kill(server_of(kept), signal.SIGKILL)
+        wait_until(lambda: kept.restarts == 1)
+        wait_until(lambda: kept.unanswered > 5 * supervising.UNANSWERED)
+        asleep.clear()
+        wait_until(lambda: kept.answered)
+        assert kept.restarts == 1
+        asleep.set()
+        wait_until(lambda: kept.restarts == 2)
+
+
+def test_one_that_never_answers_is_started_again_after_all(tmp_path, monkeypatch):
+    one, asleep = service(), threading.Event()
+    with Keeper(
+        tmp_path, Service(one.page, one.command, answers=lambda: not asleep.is_set() and one.is_well())
+    ) as keeper:
+        monkeypatch.setattr(processes, "PATIENCE", 1.0)
+        asleep.set()
+        os.kill(server_of(keeper.kept[0]), signal.SIGKILL)
+        wait_until(lambda: keeper.kept[0].restarts == 2)
+
+
+def test_what_cannot_be_prepared_is_said_and_tried_again(tmp_path, caplog):
+    prepared = []
+
+    def prepare():
+        prepared.append(time.monotonic())
+        if len(prepared) == 2:
+            raise OSError("the disk is full")
+
+    with Keeper(tmp_path, service(prepare=prepare)) as keeper:
+        os.kill(server_of(keeper.kept[0]), signal.SIGKILL)
+        wait_until(lambda: len(prepared) == 3)
+        wait_until(lambda: keeper.kept[0].answered)
+        assert keeper.kept[0].restarts == 1
+    assert "one: the disk is full" in caplog.text
 
 
 def test_one_that_does_not_start_is_named_with_its_log_and_the_others_are_ended(tmp_path):

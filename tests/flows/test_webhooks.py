@@ -18,7 +18,9 @@ from flows.config import load
 from flows.deliveries import ID, SIGNATURE, STAMP, sign
 from flows.processes import free_port
 from flows.serve import mlflow_server
+from flows.waking import AFTER
 from flows.wiring import house
+from tests.flows.patience import wait_until
 
 pytestmark = pytest.mark.integration
 SECRET = "a secret for these tests alone"
@@ -74,13 +76,6 @@ def healthy(toml):
         return False
 
 
-def wait_until(true, seconds):
-    patience = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < patience, f"not after {seconds} s"
-        time.sleep(0.05)
-
-
 def woken(url):
     """The runs that the receiver made, oldest first."""
     question = json.dumps({"flow_runs": {"tags": {"all_": ["woken"]}}, "sort": "START_TIME_ASC"}).encode()
@@ -118,6 +113,26 @@ def test_a_registration_and_a_moved_alias_make_a_run_each(toml, deployed, zoo, r
         assert len(runs) == before + 2
         assert runs[before]["idempotency_key"] == f"foldin tiny: tiny-experts v{version}"
         assert {run["parameters"]["line"] for run in runs} == {"tiny"}
+
+
+def test_a_run_that_gave_way_to_one_at_work_is_made_again(toml, deployed, zoo, run):
+    from prefect.client.orchestration import get_client
+    from prefect.states import Completed, Pending
+
+    with receiving(toml, deployed), get_client(sync_client=True) as client:
+        assert run("webhook", "install")[0] == 0
+        at_work = client.create_flow_run_from_deployment(client.read_deployment_by_name("watch/tiny").id)
+        assert client.set_flow_run_state(at_work.id, Pending()).state.is_pending()
+        before = len(woken(deployed))
+        register_expert(load(toml).registry.tracking_uri, "tiny-experts", zoo / "expert-2", "words")
+        wait_until(lambda: len(woken(deployed)) == before + 1)
+        dropped = client.set_flow_run_state(woken(deployed)[-1]["id"], Pending()).state
+        assert (dropped.is_cancelled(), dropped.message) == (True, "Deployment concurrency limit reached.")
+        time.sleep(AFTER + 1)
+        assert len(woken(deployed)) == before + 1, "not while another is at work"
+        client.set_flow_run_state(at_work.id, Completed())
+        wait_until(lambda: len(woken(deployed)) == before + 2)
+        assert run("webhook", "remove")[0] == 0
 
 
 def test_installing_again_changes_what_is_there_and_removing_leaves_others_alone(toml, deployed, run):

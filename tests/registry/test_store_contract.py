@@ -3,18 +3,17 @@
 Each test runs on SQLite and files, on a server with PostgreSQL and S3, and on one that hands the files through itself.
 """
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 
 import pytest
 from mlflow import MlflowClient
 
 from flows.config import load
-from flows.processes import HOST, Page, free_port, log_of, server_process, wait_for
-from flows.serve import LEAN
-from flows.stack import servers
+from flows.processes import free_port, started
+from flows.stack import mlflow, servers
 from registry import far
 from registry.files import hash_tree, sha256_file
 from registry.manifests import MANIFEST, SIGNATURE, verify_manifest, write_manifest
@@ -28,12 +27,11 @@ NAMES = count(1)
 @contextmanager
 def proxying(config):
     """(URI, artifact root) of an MLflow server that keeps the files itself and lets nobody else at them."""
-    page, kept = Page("MLflow", free_port(), "", "/health"), config.home / "kept"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{config.home}/served.db"]
-    command += ["--artifacts-destination", str(kept), "--workers", "1", "--host", HOST, "--port", str(page.port)]
-    with server_process(config, page, command, LEAN) as server:
-        wait_for(page, server, log_of(config, page))
-        yield page.url, ""
+    service = mlflow(free_port(), lambda: f"sqlite:///{config.home}/served.db", "")
+    keeps = ("--artifacts-destination", str(config.home / "kept"))
+    with started(replace(service, command=lambda: [*service.command(), *keeps]), config.home) as server:
+        server.await_answer()
+        yield service.page.url, ""
 
 
 @contextmanager
