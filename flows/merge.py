@@ -14,6 +14,7 @@ from prefect import flow
 from prefect.exceptions import TerminationSignal
 
 from flows import showing
+from flows.about import learn
 from flows.admission import Admitted, admit, declared_task
 from flows.approval import hold
 from flows.champion import follow, reconcile
@@ -23,6 +24,7 @@ from flows.folding import Candidate, fold
 from flows.judging import Judged, climb, contest
 from flows.leasing import held
 from flows.notifying import notify
+from flows.observing import observed
 from flows.options import LineConfig
 from flows.publishing import show_try
 from flows.recipe import Recipe, recipe_of
@@ -113,7 +115,7 @@ def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -
         return settle(at, lease, expert, ExpertState.QUARANTINED, "Q_CRASH", reason)
     work = work_on(at, settings, lease, expert, found)
     say(f"{expert.name} (task {expert.task or '?'}): folding into {lease.line} v{work.parent.number}")
-    return emitted(work, fold_admitted)
+    return observed(work, partial(emitted, fold=fold_admitted))
 
 
 def fold_admitted(work: Work) -> dict[str, Any]:
@@ -122,6 +124,7 @@ def fold_admitted(work: Work) -> dict[str, Any]:
     admitted = admit_expert(work)
     if isinstance(admitted, Refusal):
         return settle(at, lease, expert, ExpertState.QUARANTINED, admitted.code, str(admitted))
+    learn(merge_key=work.key(admitted))
     recipe = recipe_of(settings, work.parent.memory)
     candidate = fold_tensors(work, admitted, recipe)
     if isinstance(candidate, Refusal):
