@@ -10,10 +10,12 @@ from typing import Any
 
 from prefect import flow
 
+from flows.about import learn
 from flows.champion import reconcile
 from flows.emitting import emitted
 from flows.leasing import held
 from flows.merge import admit_expert, begun, conclude, fold_one, fold_tensors, judge, note_fallback, set_aside
+from flows.observing import observed
 from flows.options import LineConfig
 from flows.placing import placed
 from flows.recipe import recipe_of
@@ -96,10 +98,11 @@ def fold_members(at: House, settings: LineConfig, lease: Lease, members: Sequenc
     many = f"{len(members)} experts in one pass" if work.others else f"task {work.expert.task}"
     say(f"{work.name} ({many}): folding into {lease.line} v{work.parent.number}")
     if not work.others:
-        return [emitted(work, partial(fold_one, admitted=members[0].admitted))]
-    folded = fold_together(work, members)
-    if folded is not None:
-        return folded
+        return [observed(work, partial(emitted, fold=partial(fold_one, admitted=members[0].admitted)))]
+    outcome = observed(work, partial(fold_together, members=members))
+    if outcome["version"]:
+        return [{**outcome, "expert": each.name} for each in work.experts]
+    say(f"{work.name}: {outcome['state']} in one pass: {outcome['reason']}; trying fewer")
     half = (len(members) + 1) // 2
     outcomes = fold_members(at, settings, lease, members[:half])
     if waiting(at, lease.line):
@@ -107,19 +110,18 @@ def fold_members(at: House, settings: LineConfig, lease: Lease, members: Sequenc
     return outcomes + fold_members(at, settings, lease, members[half:])
 
 
-def fold_together(work: Work, members: Sequence[Member]) -> list[Outcome] | None:
-    """Admitted experts into the champion as one version, if all of them may be; None when not."""
+def fold_together(work: Work, members: Sequence[Member]) -> Outcome:
+    """Admitted experts into the champion as one version, if all of them may be; without a version none was folded."""
     admitted, recipe = members[-1].admitted, recipe_of(work.settings, work.parent.memory)
+    learn(merge_key=work.key(admitted))
     candidate = fold_tensors(work, admitted, recipe)
     if isinstance(candidate, Refusal):
-        say(f"{work.name}: cannot be folded in one pass: {candidate}; trying fewer")
-        return None
+        return {"expert": work.name, "state": "refused", "reason": str(candidate), "version": None}
     judged = judge(work, admitted, candidate, recipe)
     if not judged.verdict.passed:
-        say(f"{work.name}: {judged.verdict.outcome} in one pass: {judged.verdict.reason}; trying fewer")
-        return None
-    outcome = _told(work, members, lambda: conclude(work, admitted, judged))
-    return [{**outcome, "expert": each.name} for each in work.experts]
+        found = judged.verdict
+        return {"expert": work.name, "state": str(found.outcome), "reason": found.reason, "version": None}
+    return _told(work, members, lambda: conclude(work, admitted, judged))
 
 
 def _work(at: House, settings: LineConfig, lease: Lease, members: Sequence[Member]) -> Work:

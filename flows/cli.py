@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from flows.asking import diff, log, report, score, show, status
+from flows.hiding import show_traceback
 from flows.operating import down, nightly, receive, up, webhook
 from flows.people import approve, archive, gc, reject, replay, requeue, rollback
 from flows.telling import busy, say
@@ -216,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exceptions become exit codes here and nowhere else."""
     from registry.records import FoldinError
 
+    sys.excepthook = show_traceback
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
         cli.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)

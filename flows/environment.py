@@ -4,9 +4,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flows.config import Config
 from registry.records import FoldinError, Refusal
+
+if TYPE_CHECKING:
+    from flows.config import Config
 
 STORE_KEYS = {  # of a store on this machine; moto asks for some and looks at none
     "AWS_ACCESS_KEY_ID": "foldin",
@@ -14,11 +17,20 @@ STORE_KEYS = {  # of a store on this machine; moto asks for some and looks at no
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 STORE_URLS = ("MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+LOG_FORMATS = ("plain", "json")
+SECRETS = (
+    *("FOLDIN_WEBHOOK_SECRET", "FOLDIN_SIGNING_PASSPHRASE", "OPENLINEAGE_API_KEY", "OTEL_EXPORTER_OTLP_HEADERS"),
+    *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PGPASSWORD"),
+    *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"),
+    *("MLFLOW_FLASK_SERVER_SECRET_KEY", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"),
+)
+SHORTEST_HIDDEN = 8  # characters; shorter ones are words, such as those of STORE_KEYS
 SHORTEST_SECRET = 16  # characters, of a webhook's secret
 
 
-def prepare_environment(config: Config, *, verbose: bool = False) -> None:
+def prepare_environment(config: "Config", *, verbose: bool = False) -> None:
     """Settings that Prefect and MLflow read when they are imported; what the user set stays."""
+    _check_log_format()
     home = config.home
     home.mkdir(parents=True, exist_ok=True)
     defaults = {
@@ -73,6 +85,25 @@ def using_prefect(url: str, *, watched: bool) -> Iterator[None]:
         os.environ.pop("PREFECT_API_URL", None)
 
 
+def log_as_json() -> bool:
+    """Whether every line that foldin says is to be a JSON object."""
+    return os.environ.get("FOLDIN_LOG", "") == "json"
+
+
+def _check_log_format() -> None:
+    found = os.environ.get("FOLDIN_LOG", "")
+    if found not in ("", *LOG_FORMATS):
+        what, remedy = "FOLDIN_LOG is unknown", "correct it, or unset it"
+        expected = f"one of {', '.join(LOG_FORMATS)}"
+        raise FoldinError(Refusal("E_CONFIG", what, "the environment", "", "", expected, repr(found), remedy))
+
+
+def wants_traces() -> bool:
+    """Whether the environment says where OpenTelemetry traces go."""
+    named = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{each}") for each in ("ENDPOINT", "TRACES_ENDPOINT"))
+    return named and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
+
+
 def signing_passphrase() -> bytes:
     """What opens an encrypted signing key; b"" when the environment has none. Not to be shown or logged."""
     return os.environb.get(b"FOLDIN_SIGNING_PASSPHRASE", b"")
@@ -81,6 +112,12 @@ def signing_passphrase() -> bytes:
 def openlineage_key() -> str:
     """What an OpenLineage server knows this deployment by; "" when the environment has none. Not to be shown."""
     return os.environ.get("OPENLINEAGE_API_KEY", "")
+
+
+def secrets() -> list[str]:
+    """What the environment holds that nobody may read."""
+    found = (os.environ.get(name, "") for name in SECRETS)
+    return [each for each in found if len(each) >= SHORTEST_HIDDEN]
 
 
 def webhook_secrets() -> tuple[bytes, ...]:
@@ -125,7 +162,7 @@ def using_variables(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def variables_file(config: Config) -> Path:
+def variables_file(config: "Config") -> Path:
     """What `foldin up` leaves for every other process that works with its services: lines of KEY=VALUE."""
     return config.home / "stack" / "variables.env"
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from flows.about import about
 from flows.telling import say
 from flows.wiring import House, holder, is_dead
 from registry.records import FoldinError, Lease, Refusal
@@ -32,7 +33,8 @@ def held(
     keeper = threading.Thread(target=_keep, args=(house, lease, seconds, stop), daemon=True)
     keeper.start()
     try:
-        yield lease
+        with about(line=line):
+            yield lease
     except (FoldinError, OSError, RuntimeError, ValueError):
         # Who took over also removed the scratch folder: what fails after that fails for this reason alone.
         with house.ledger.leases.fenced(lease):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow
 
 from flows import showing
+from flows.about import learn
 from flows.admission import Admitted, admit, declared_task
 from flows.approval import hold
 from flows.champion import follow, reconcile
@@ -19,6 +20,7 @@ from flows.folding import Candidate, fold
 from flows.judging import Judged, climb, contests
 from flows.leasing import held
 from flows.notifying import notify
+from flows.observing import observed
 from flows.options import LineConfig
 from flows.placing import placed
 from flows.publishing import show_try
@@ -82,7 +84,7 @@ def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -
     if not isinstance(work, Work):
         return work
     say(f"{expert.name} (task {work.expert.task or '?'}): folding into {lease.line} v{work.parent.number}")
-    return emitted(work, fold_admitted)
+    return observed(work, partial(emitted, fold=fold_admitted))
 
 
 def begun(at: House, settings: LineConfig, lease: Lease, expert: Expert) -> Work | dict[str, Any] | None:
@@ -108,6 +110,7 @@ def fold_admitted(work: Work) -> dict[str, Any]:
 
 def fold_one(work: Work, admitted: Admitted) -> dict[str, Any]:
     """One admitted expert into the champion, if it may be: folded, judged, and what came of it."""
+    learn(merge_key=work.key(admitted))
     recipe = recipe_of(work.settings, work.parent.memory)
     candidate = fold_tensors(work, admitted, recipe)
     if isinstance(candidate, Refusal):

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+RECEIVER_PATH = "/mlflow"  # where the receiver takes deliveries
+
 
 @dataclass(frozen=True)
 class RegistryConfig:
@@ -31,7 +33,7 @@ class ReceiverConfig:
     @property
     def address(self) -> str:
         """Where MLflow's webhooks go."""
-        return self.url or f"http://{self.host}:{self.port:.0f}/mlflow"
+        return self.url or f"http://{self.host}:{self.port:.0f}{RECEIVER_PATH}"
 
 
 @dataclass(frozen=True)

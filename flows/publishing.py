@@ -15,7 +15,7 @@ from registry.far import write_digests
 from registry.files import read_json, sha256_file
 from registry.manifests import MANIFEST, verify_manifest, write_manifest
 from registry.records import Expert, FoldinError, Refusal
-from registry.verdicts import Try, Verdict
+from registry.verdicts import Report, Try, Verdict
 
 if TYPE_CHECKING:
     from evaluation.report import Record
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 
 def metrics_of(record: "Record") -> dict[str, float]:
     """What MLflow shows as metrics: every task's, the sequence's summary, and what the gate took."""
-    scores = record.report.scores.items()
     return {
-        **{f"{score.metric}.{task}": score.value for task, score in scores if score.split == "gate"},
+        **scores_of(record.report),
         **dict(record.summary),
         **{f"seconds.{name}": value for name, value in record.seconds.items()},
     }
+
+
+def scores_of(report: Report) -> dict[str, float]:
+    """METRIC.TASK -> what was measured on the rows of the gate."""
+    return {f"{each.metric}.{task}": each.value for task, each in report.scores.items() if each.split == "gate"}
 
 
 def show(

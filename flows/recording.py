@@ -4,11 +4,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flows import showing
+from flows.about import learn
 from flows.admission import Admitted
 from flows.card import CARD_FILE
 from flows.folding import Candidate
 from flows.judging import Judged
-from flows.publishing import metrics_of, register, show, write_version_manifest
+from flows.publishing import metrics_of, register, scores_of, show, write_version_manifest
 from flows.reporting import write_report
 from flows.thinning import restore
 from flows.work import Work
@@ -25,7 +26,8 @@ def recorded(work: Work, admitted: Admitted, judged: Judged) -> tuple[Merge, "Re
     also = tuple(each.expert.id for each in work.others)
     merge = Merge(key, lease.line, expert.id, work.parent.number, judged.verdict, run, also=also)
     published = at.mlflow.published(lease.line, key)
-    verdict = at.ledger.record_verdict(lease, merge, published=published).verdict  # the first answer stands
+    scores = scores_of(judged.report)
+    verdict = at.ledger.record_verdict(lease, merge, published=published, scores=scores).verdict  # the first stands
     record = write_report(at, work.settings, work.parent, lease.line, replace(judged, verdict=verdict))
     if verdict.weights_sha256 == candidate.memory.weights_sha256:  # else an earlier run published another choice
         found = [*(each.found for each in work.others), work.found]
@@ -45,4 +47,5 @@ def registered(work: Work, merge: Merge, candidate: Candidate, record: "Record")
     write_version_manifest(candidate.folder, line, key, work.parent, merge.verdict, known, far=bool(at.far))
     many = len(work.experts)
     version, manifest = register(at, line, key, merge.run_id, candidate.folder, metrics_of(record), many)
+    learn(version=version)
     return replace(merge, version=version, manifest_sha256=manifest)

@@ -8,6 +8,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.utilities.annotations import quote
 
+from flows.observing import measured
+from flows.tracing import start, tag
+
+start()  # before any flow runs: every flow that has steps imports this file
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -20,12 +25,17 @@ def step(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def made(work: Callable[P, R]) -> Callable[P, R]:
-        run: Callable[..., R] = task(name=name, cache_policy=NO_CACHE, persist_result=False)(work)
+        @wraps(work)
+        def tagged(*arguments: P.args, **named: P.kwargs) -> R:
+            tag(name)
+            return work(*arguments, **named)
+
+        run: Callable[..., R] = task(name=name, cache_policy=NO_CACHE, persist_result=False)(tagged)
 
         @wraps(work)
         def call(*arguments: P.args, **named: P.kwargs) -> R:
             quoted = {key: quote(value) for key, value in named.items()}
-            return run(*map(quote, arguments), **quoted)
+            return measured(name, lambda: run(*map(quote, arguments), **quoted))
 
         return call
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from flows.telling import busy, hush, speak
+from flows.telling import busy, complain, speak
 
 if TYPE_CHECKING:
     from flows.config import Config
@@ -81,6 +81,5 @@ def finish(outcomes: list[dict[str, Any]], as_json: bool) -> NoReturn:
 
 def fail(text: str, code: int) -> NoReturn:
     """End with one line of error."""
-    hush()
-    click.echo(f"error: {text}", err=True)
+    complain(text)
     sys.exit(code)

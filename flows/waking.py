@@ -1,6 +1,7 @@
 """Waking lines: a flow run of a line's `watch`, at once for the first hint, once for all that come shortly after."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ class Waker:
 
     async def _make(self, line: str, event: str) -> None:
         now = asyncio.get_running_loop().time
-        await asyncio.sleep(max(0.0, self._last.get(line, 0.0) + self._quiet - now()))
+        await asyncio.sleep(max(0.0, self._last.get(line, -math.inf) + self._quiet - now()))
         del self._next[line]  # who comes from now on may have seen what this run does not
         self._last[line] = now()
         rest = await self._make_run(line, event)

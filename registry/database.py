@@ -12,9 +12,10 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, Interfa
 from registry.records import FoldinError, Refusal
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-__all__ = ["HEAD", "MIGRATIONS", "IntegrityError", "connect", "transaction", "translated"]
+__all__ = ["HEAD", "MIGRATIONS", "IntegrityError", "connect", "reading", "transaction", "translated"]
 
-HEAD = "0002"  # the newest revision in registry/migrations; tested against the folder
+HEAD = "0003"  # the newest revision in registry/migrations; tested against the folder
+READS = "foldin_reads"  # option of a connection to SQLite
 MIGRATION_LOCK = 0x464F4C44  # any constant: PostgreSQL's advisory lock of foldin's migrations
 
 
@@ -45,7 +46,7 @@ def _parsed(url: str) -> URL:
     try:
         parsed = make_url(url)
         parsed.get_dialect()
-    except (ArgumentError, NoSuchModuleError) as error:
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
         raise FoldinError(_unusable(url, str(error))) from error
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
         raise FoldinError(_unusable(url, parsed.get_backend_name()))
@@ -92,6 +93,15 @@ def transaction(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """One look at everything as it is at one moment, which no writer waits for and that waits for none."""
+    sqlite = engine.dialect.name == "sqlite"
+    options = {READS: True} if sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+    with translated(engine), engine.connect() as plain, plain.execution_options(**options).begin():
+        yield plain
+
+
 def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:
     connection.isolation_level = None  # SQLAlchemy says BEGIN itself, below
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
@@ -100,7 +110,8 @@ def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:
 
 def _begin_immediate(connection: Connection) -> None:
     """Take the write lock at once: a read that later writes would otherwise fail half-way instead of waiting."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    only_reads = connection.get_execution_options().get(READS, False)
+    connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
 
 
 def _migrate(engine: Engine) -> None:

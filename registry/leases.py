@@ -85,7 +85,8 @@ class Leases:
 
     def _take(self, claim: Update, line: str, holder: str, seconds: float) -> Lease | None:
         with database.transaction(self._engine) as tx:
-            taken = tx.execute(claim.values(holder=holder, fence=leases.c.fence + 1, expires=now() + seconds)).rowcount
+            mine = {"holder": holder, "fence": leases.c.fence + 1, "expires": now() + seconds, "since": now()}
+            taken = tx.execute(claim.values(**mine)).rowcount
             fence = tx.execute(select(leases.c.fence).where(leases.c.line == line)).scalar_one()
         return Lease(line, holder, int(fence)) if taken else None
 

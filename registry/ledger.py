@@ -12,17 +12,8 @@ from sqlalchemy import delete, func, insert, select, update
 
 from registry import database, history, rows
 from registry.leases import Leases
-from registry.records import (
-    Decision,
-    Event,
-    Expert,
-    ExpertState,
-    ExpertVersion,
-    Lease,
-    Line,
-    Merge,
-    plain,
-)
+from registry.measures import Measures
+from registry.records import Decision, Event, Expert, ExpertState, ExpertVersion, Lease, Line, Merge, plain
 from registry.rows import event_from, expert_from, line_from, merge_from
 from registry.schema import events, experts, leases, lines, merges, now
 
@@ -33,7 +24,7 @@ class Ledger:
     def __init__(self, url: str, patience: float = 30.0) -> None:
         """Open, and migrate when needed, the ledger at a SQLAlchemy URL; wait `patience` seconds for other writers."""
         self._engine = database.connect(url, patience)
-        self.leases = Leases(self._engine)
+        self.leases, self.measures = Leases(self._engine), Measures(self._engine)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -160,8 +151,10 @@ class Ledger:
             query = select(merges).where(merges.c.line == line).order_by(merges.c.id)
             return [merge_from(row) for row in tx.execute(query)]
 
-    def record_verdict(self, lease: Lease, merge: Merge, *, published: bool = False) -> Merge:
-        """Store the gate's answer; the first one for a merge key stands, and is returned.
+    def record_verdict(
+        self, lease: Lease, merge: Merge, *, published: bool = False, scores: Mapping[str, float] | None = None
+    ) -> Merge:
+        """Store the gate's answer, with METRIC.TASK -> value as monitoring shows it; the first one for a key stands.
 
         Unless it was about other weights, of which nothing was published: then it is forgotten. A search that is made
         again, elsewhere or with less time, may choose otherwise.
@@ -175,7 +168,8 @@ class Ledger:
                 row = None
             if row is None:
                 facts = {"merge_key": merge.merge_key, "parent": merge.parent, **rows.experts_of(merge)}
-                answer = {"outcome": merge.verdict.outcome, "verdict": json.dumps(plain(merge.verdict))}
+                told = {**plain(merge.verdict), "scores": dict(scores or {})}
+                answer = {"outcome": merge.verdict.outcome, "verdict": json.dumps(told)}
                 made = {"line": merge.line, "run_id": merge.run_id, "fence": lease.fence, "created": now()}
                 tx.execute(insert(merges).values(**facts, **answer, **made))
         recorded = self.merge(merge.merge_key)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from registry.logins import without_logins
 from registry.verdicts import Outcome, Verdict
 
 # What the system says of itself when a file cannot be opened or read; it says nothing against the file.
@@ -62,7 +63,7 @@ class Refusal:
             facts,
             self.remedy and f"{self.remedy[0].upper()}{self.remedy[1:]}.",
         )
-        return " ".join(part for part in parts if part)
+        return without_logins(" ".join(part for part in parts if part))
 
 
 class ExpertState(StrEnum):

@@ -1,6 +1,7 @@
 """The ledger's tables. Decisions live here; what MLflow shows is derived from them."""
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -109,6 +110,18 @@ leases = Table(
     Column("holder", String(200), nullable=False),
     Column("fence", Integer, nullable=False),  # only grows; every write of a merge carries it
     Column("expires", Float, nullable=False),
+    Column("since", Float),  # when the holder took it; None until somebody has
+)
+
+steps = Table(  # what monitoring shows; sums, so it does not grow. No decision rests on it, and no history keeps it
+    "steps",
+    metadata,
+    Column("line", ForeignKey("lines.name"), primary_key=True),
+    Column("step", String(40), primary_key=True),  # "" for the whole of a fold
+    Column("runs", Integer, nullable=False),
+    Column("failures", Integer, nullable=False),  # runs that ended with an error
+    Column("seconds", Float, nullable=False),
+    Column("bytes", BigInteger, nullable=False),  # of the folders that they left
 )
 
 

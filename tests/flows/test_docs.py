@@ -109,7 +109,11 @@ def test_one_place_per_concern():
         "botocore": {"registry/s3.py", "registry/mlflow_link.py"},  # there for the exceptions of MLflow's transfers
         "model_signing": {"registry/signing.py"},
         "openlineage": {"flows/emitting.py"},
-        "sqlalchemy": {f"registry/{name}.py" for name in ("database", "history", "leases", "ledger", "rows", "schema")},
+        "opentelemetry": {"flows/spans.py", "flows/tracing.py"},
+        "prometheus_client": {"flows/metrics.py"},
+        "sqlalchemy": {
+            f"registry/{name}.py" for name in ("database", "history", "leases", "ledger", "measures", "rows", "schema")
+        },
         "alembic": {"registry/database.py"},
         "os.environ": {"flows/environment.py"},
     }
