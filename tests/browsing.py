@@ -58,7 +58,7 @@ class _Looker:
             assert time.monotonic() < end, f"{url} does not say {missing}: {text}"
             time.sleep(0.2)
             found = self._ask("Runtime.evaluate", expression="document.body ? document.body.innerText : ''")
-            text = found["result"].get("value", "")
+            text = found["result"].get("value", "").replace("\N{NO-BREAK SPACE}", " ")
         if picture:
             time.sleep(1.0)  # what fades in
             picture.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot", format="png")["data"]))

@@ -139,9 +139,11 @@ def test_both_pages_show_it(production):
     with browsing(production.folder / "chromium") as look:
         picture = production.folder / "mlflow.png"
         versions = look(f"{production.uri}/#/models/tiny", "Version 11", "@ champion", picture=picture)
-        assert "Version 2" in versions
-        look(f"{pages}/runs", "watch tiny", "nightly night", "tiny: next expert", picture=picture.with_name("runs.png"))
-        deployments = look(f"{pages}/deployments", "approval", "nightly", "rollback", "watch")
+        assert versions.index("Version 3\n") < versions.index("@ champion") < versions.index("Version 2\n")
+        runs = ("watch tiny", "nightly night", "night: next expert")
+        look(f"{pages}/runs", *runs, picture=picture.with_name("runs.png"))
+        flows = ("approval", "nightly", "rollback", "watch")
+        deployments = look(f"{pages}/deployments", *flows, picture=picture.with_name("deployments.png"))
         assert all(line in deployments for line in ("tiny", "polled", "night"))
         look(f"{pages}/work-pools", "foldin-control", "foldin-gpu")
 
