@@ -7,7 +7,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from evaluation.approval import APPROVALS
-from flows.options import LineConfig, ReceiverConfig, RegistryConfig, SearchConfig, SigningConfig, StackConfig
+from flows.access import MLFLOW, PREFECT
+from flows.options import (
+    AccessConfig,
+    LineConfig,
+    ReceiverConfig,
+    RegistryConfig,
+    SearchConfig,
+    SigningConfig,
+    StackConfig,
+)
 from flows.tables import EXAMPLES, as_table, check_keys, check_number, read_table, refused
 from registry.records import FoldinError, Refusal
 
@@ -151,6 +160,7 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
         _check_seconds(path, f"{where} {key}", getattr(line, key), least)
     _check_experts(path, f"{where} experts", name, line.experts)
     _check_search(path, f"[lines.{name}.search]", line.search)
+    _check_access(path, f"[lines.{name}.access]", line.access)
     suites, guards = (
         {task: str(_absolute(path, folder)) for task, folder in each.items()} for each in (line.suites, line.guards)
     )
@@ -170,6 +180,15 @@ def _signing(path: Path, where: str, found: SigningConfig) -> SigningConfig:
     key, certificate = (str(_absolute(path, each)) if each else "" for each in (found.key, found.certificate))
     versions, experts = (tuple(str(_absolute(path, each)) for each in some) for some in (found.versions, found.experts))
     return SigningConfig(key, certificate, versions, experts)
+
+
+def _check_access(path: Path, where: str, access: AccessConfig) -> None:
+    """Names that somebody can have: a mistyped one would shut everybody out, or nobody."""
+    for key, doors in {"approve": {PREFECT}, "rollback": {PREFECT, MLFLOW}}.items():
+        for name in getattr(access, key):
+            if not name or name != name.strip() or (name.startswith("anyone@") and name not in doors):
+                expected = f"accounts of the operating system, or {' or '.join(sorted(doors))}"
+                raise refused(path, f"{where} {key} names nobody", expected, repr(name))
 
 
 def _check_search(path: Path, where: str, search: SearchConfig) -> None:
