@@ -8,6 +8,7 @@ from prefect.input import RunInput
 from pydantic import Field
 
 from evaluation.escape import clean
+from flows.access import admitted, asks_in_prefect
 from flows.champion import agree, follow, reconcile
 from flows.leasing import held
 from flows.notifying import notify, spared
@@ -50,7 +51,7 @@ def present(at: House, line: str) -> None:
     """Show what waits in MLflow and, where the deployment `approval` is served, as a form in Prefect."""
     mend(at, line)
     merge = waiting(at, line)
-    if merge is not None:
+    if merge is not None and asks_in_prefect(at.config.line(line)):
         with spared("the form in Prefect"):
             moved = max((each.id for each in at.ledger.events(line) if each.target is not None), default=0)
             _ask(merge, moved)
@@ -111,12 +112,13 @@ def decide(at: House, line: str, version: int, decision: Decision, because: str,
     """Take a person's decision about a version that waits; what became of its expert. Repeated, it changes nothing.
 
     Raises:
-        FoldinError: E_DECIDED when it was decided otherwise or needs no decision, E_SUPERSEDED when the champion was
-            moved meanwhile, E_VERSION when there is no such version, E_DIGEST when an approved one is damaged,
-            E_SIGNATURE when it lacks the signature that the line asks for, E_BLOCKED when the alias champion stands
-            where a person put it; the champion is then unchanged.
+        FoldinError: E_ACCESS when the line lets others decide, E_DECIDED when it was decided otherwise or needs no
+            decision, E_SUPERSEDED when the champion was moved meanwhile, E_VERSION when there is no such version,
+            E_DIGEST when an approved one is damaged, E_SIGNATURE when it lacks the signature that the line asks for,
+            E_BLOCKED when the alias champion stands where a person put it; the champion is then unchanged.
     """
     settings = at.config.line(line)
+    who = admitted(settings, line, "approve", who)
     with held(at, line, told=say) as lease:
         merge = find_merge(at, line, version)
         before = settled_before(at, merge, decision)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from flows.access import check_alias
 from flows.signing import require_signature
 from flows.thinning import lacks_weights, restore
 from flows.versions import find_merge, verified, with_files
@@ -16,6 +17,7 @@ UNFIT = frozenset(
     {
         *("E_VERSION", "E_GATE", "E_RETIRED", "E_DIGEST", "E_SIGNATURE", "E_SOURCE", "E_FILETYPE", "E_UNREACHABLE"),
         *("E_THIN", "E_FORMAT", "E_FOLD"),  # its weights were given up, and cannot be had back
+        "E_ACCESS",  # nobody knows who put the alias there, and the line asks
     }
 )
 
@@ -82,7 +84,8 @@ def reconcile(house: House, lease: Lease, told: Told) -> bool:
     """Compare the alias with the ledger and mend or adopt the difference; True when the line may be folded.
 
     An alias that foldin itself moved late is put back. One that a person moved to a version that passed is adopted as
-    a rollback. Any other is reported and blocks the line: foldin does not fight people.
+    a rollback, unless the line names who may roll back. Any other is reported and blocks the line: foldin does not
+    fight people.
     """
     line = house.ledger.line(lease.line)
     events = house.ledger.events(lease.line)
@@ -118,7 +121,7 @@ def blocked(house: House, line: str) -> Refusal | None:
 
 
 def _blocked(line: str, because: str, then: str = "") -> Refusal:
-    remedy = f"move the alias champion to a version that passed{then}"
+    remedy = f"move the alias champion to a version that passed, or use `foldin rollback {line}`{then}"
     return Refusal("E_BLOCKED", because, f"line {line}", remedy=remedy)
 
 
@@ -155,11 +158,13 @@ def _adopt(house: House, lease: Lease, seen: int | None, blocked: str, told: Tol
             told(because)
             return False
         check_target(house, lease.line, seen)
+        check_alias(house.config.line(lease.line), lease.line, seen)
         restore(house, lease, seen, "the alias was moved in MLflow", "MLflow")
     except FoldinError as error:
         if error.refusal.code not in UNFIT:
             raise
-        because = f"the alias champion was moved by hand to version {seen}, which may not be champion: {error}"
+        why = str(error).rstrip(".")
+        because = f"the alias champion was moved by hand to version {seen}, which may not be champion: {why}"
         house.ledger.block(lease, because)
         told(because)
         return False

@@ -7,25 +7,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evaluation.approval import APPROVALS
-from flows.blackout import FORM, window_of
+from flows.line_checks import (
+    check_access,
+    check_batch,
+    check_blackout,
+    check_experts,
+    check_runner,
+    check_search,
+    check_seconds,
+)
 from flows.options import (
     LineConfig,
     ReceiverConfig,
     RegistryConfig,
-    RunnerConfig,
-    SearchConfig,
     SigningConfig,
     StackConfig,
 )
-from flows.tables import EXAMPLES, as_table, check_keys, check_number, read_table, refused
+from flows.tables import as_table, check_keys, check_number, read_table, refused
 from registry.records import FoldinError, Refusal
 
 DEFAULT_FILE = Path("foldin.toml")
-SEARCHES = ("never", "on-reject", "always")
 TRIGGERS = ("on-register", "nightly", "manual")
-FALLBACKS = ("never", "cpu")
-MOST_AT_ONCE = 32  # experts of one pass; their names must fit into a tag of MLflow
-POOL = re.compile(r"(?!prefect)[A-Za-z0-9][A-Za-z0-9_-]*")  # what Prefect takes; it keeps its own name for itself
 BLOCK = re.compile(r"[a-z0-9][a-z0-9-]*/[A-Za-z0-9][A-Za-z0-9_-]*")  # of Prefect: TYPE/NAME
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a line: names a registered model, a folder, deployments
 PLAIN = "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
@@ -106,7 +108,7 @@ def parse(text: str, path: Path) -> Config:
 def _registry(path: Path, value: object) -> RegistryConfig:
     """`[registry]`, its relative places made absolute: the ledger must not depend on where a process was started."""
     found = read_table(path, "registry", RegistryConfig, value)
-    _check_seconds(path, "[registry] lease_seconds", found.lease_seconds, 0.1)
+    check_seconds(path, "[registry] lease_seconds", found.lease_seconds, 0.1)
     check_number(path, "[registry] cache", found.cache, "gigabytes, 0 or more", 0)
     for key in ("keep", "keep_thin"):
         check_number(path, f"[registry] {key}", getattr(found, key), "a whole number from 0", 0, whole=True)
@@ -162,14 +164,13 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
         if not BLOCK.fullmatch(slug):
             raise refused(path, f"{where} notify names no block", "TYPE/NAME, such as slack-webhook/ops", repr(slug))
     for key, least in {"interval": 0.1, "upload_patience": 0.0, "evaluation_seconds": 0.1}.items():
-        _check_seconds(path, f"{where} {key}", getattr(line, key), least)
-    check_number(
-        path, f"{where} batch", line.batch, f"a whole number from 1 to {MOST_AT_ONCE}", 1, MOST_AT_ONCE, whole=True
-    )
-    _check_blackout(path, f"{where} blackout", line.blackout)
-    _check_runner(path, f"[lines.{name}.runner]", line.runner)
-    _check_experts(path, f"{where} experts", name, line.experts)
-    _check_search(path, f"[lines.{name}.search]", line.search)
+        check_seconds(path, f"{where} {key}", getattr(line, key), least)
+    check_batch(path, f"{where} batch", line.batch)
+    check_blackout(path, f"{where} blackout", line.blackout)
+    check_experts(path, f"{where} experts", name, line.experts)
+    check_runner(path, f"[lines.{name}.runner]", line.runner)
+    check_search(path, f"[lines.{name}.search]", line.search)
+    check_access(path, f"[lines.{name}.access]", line.access)
     suites, guards = (
         {task: str(_absolute(path, folder)) for task, folder in each.items()} for each in (line.suites, line.guards)
     )
@@ -189,47 +190,6 @@ def _signing(path: Path, where: str, found: SigningConfig) -> SigningConfig:
     key, certificate = (str(_absolute(path, each)) if each else "" for each in (found.key, found.certificate))
     versions, experts = (tuple(str(_absolute(path, each)) for each in some) for some in (found.versions, found.experts))
     return SigningConfig(key, certificate, versions, experts)
-
-
-def _check_blackout(path: Path, where: str, windows: tuple[str, ...]) -> None:
-    for text in windows:
-        try:
-            window_of(text)
-        except ValueError as error:
-            raise refused(path, f"{where} is no time of the week", FORM, repr(text)) from error
-
-
-def _check_runner(path: Path, where: str, runner: RunnerConfig) -> None:
-    if runner.pool and not POOL.fullmatch(runner.pool):
-        raise refused(path, f"{where} pool names no work pool", "letters, digits, '_' and '-'", repr(runner.pool))
-    if runner.fallback not in FALLBACKS:
-        raise refused(path, f"{where} fallback is unknown", f"one of {', '.join(FALLBACKS)}", repr(runner.fallback))
-    _check_seconds(path, f"{where} patience", runner.patience, 0.0)
-
-
-def _check_search(path: Path, where: str, search: SearchConfig) -> None:
-    if search.when not in SEARCHES:
-        raise refused(path, f"{where} when is unknown", f"one of {', '.join(SEARCHES)}", repr(search.when))
-    _check_seconds(path, f"{where} seconds", search.seconds, 0.0)
-    for key, (least, most) in {"strengths": (0.01, 100), "weights": (0.01, 100), "energies": (0, 0.99)}.items():
-        for value in getattr(search, key):
-            check_number(path, f"{where} {key}", value, f"numbers from {least:g} to {most:g}", least, most)
-    check_number(path, f"{where} tries", search.tries, "a whole number from 1", 1, whole=True)
-
-
-def _check_experts(path: Path, where: str, line: str, experts: tuple[str, ...]) -> None:
-    """Registered models that MLflow can have, and not the line's own: it would fold its own versions for ever."""
-    wrong = [name for name in experts if not name.strip() or "/" in name or ":" in name]
-    if not experts or wrong:
-        found = repr(wrong[0]) if wrong else "[]"
-        raise refused(path, f"{where} names no registered model", EXAMPLES["experts"], found)
-    if line in experts:
-        remedy = f"register experts under another name, such as {line}-experts"
-        raise refused(path, f"{where} names the line's own registered model", "other models", repr(line), remedy)
-
-
-def _check_seconds(path: Path, where: str, value: float, least: float) -> None:
-    check_number(path, where, value, f"a number of seconds, {least:g} or more", least)
 
 
 def _absolute(path: Path, text: str) -> Path:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from hashlib import sha256
 
+from flows.access import check_alias
 from flows.archives import check_archives
 from flows.chains import check_versions_of
 from flows.champion import blocked, check_target
@@ -91,9 +92,12 @@ def _check_champion(house: House, line: str, seen: int | None) -> Iterator[Refus
     try:
         if seen is not None:
             check_target(house, line, seen)
+            check_alias(house.config.line(line), line, seen)
     except FoldinError as error:
         what, found = "the alias champion stands on a version that may not be champion", str(error)
         remedy = f"move it to version {newest.target}, or to another that `foldin log {line}` shows as passed"
+        if error.refusal.code == "E_ACCESS":
+            what, found, remedy = error.refusal.what, f"version {seen}", error.refusal.remedy
     yield Refusal("E_ALIAS", what, f"line {line}", "", "", f"version {newest.target}", found, remedy)
 
 

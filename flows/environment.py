@@ -1,5 +1,6 @@
 """The process's environment: what foldin reads there, what it sets for Prefect, MLflow and boto3, what children get."""
 
+import base64
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ SECRETS = (
     *("MLFLOW_FLASK_SERVER_SECRET_KEY", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"),
 )
 SHORTEST_HIDDEN = 8  # characters; shorter ones are words, such as those of STORE_KEYS
+LOGINS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PREFECT_API_AUTH_STRING")  # that a file may hold
 SHORTEST_SECRET = 16  # characters, of a webhook's secret
 
 
@@ -52,11 +54,43 @@ def prepare_environment(config: "Config", *, verbose: bool = False) -> None:
     if variables_file(config).exists():
         lines = variables_file(config).read_text(encoding="utf-8").splitlines()
         defaults |= dict(line.split("=", 1) for line in lines)
-    for key, value in defaults.items():
+    for key, value in (defaults | _secrets()).items():
         os.environ.setdefault(key, value)
     for one, other in (STORE_URLS, STORE_URLS[::-1]):  # MLflow and boto3 name the same store differently
         if one in os.environ:
             os.environ.setdefault(other, os.environ[one])
+
+
+def _secrets() -> dict[str, str]:
+    """Passwords that files hold, as orchestrators mount them: KEY_FILE names the file of KEY.
+
+    Raises:
+        FoldinError: E_CONFIG when one cannot be read. Not to be shown or logged.
+    """
+    found = {}
+    for key in LOGINS:
+        file = os.environ.get(f"{key}_FILE", "")
+        if file and key not in os.environ:
+            try:
+                found[key] = Path(file).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                what, remedy = "the file cannot be read", f"correct {key}_FILE, or unset it"
+                where = f"{file}, which {key}_FILE names"
+                raise FoldinError(
+                    Refusal("E_CONFIG", what, where, found=type(error).__name__, remedy=remedy)
+                ) from error
+    ours = os.environ.get("PREFECT_SERVER_API_AUTH_STRING", "")
+    if ours and "PREFECT_API_URL" not in os.environ:  # of a server that is started here, and of no other
+        found.setdefault("PREFECT_API_AUTH_STRING", ours)
+    return found
+
+
+def prefect_authorization() -> dict[str, str]:
+    """The header with which Prefect's API is asked, as Prefect's own client sends it. Not to be shown or logged."""
+    login, key = (os.environ.get(name, "") for name in ("PREFECT_API_AUTH_STRING", "PREFECT_API_KEY"))
+    if login:
+        return {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def prefect_api_url() -> str:

@@ -79,6 +79,14 @@ class RunnerConfig:
 
 
 @dataclass(frozen=True)
+class AccessConfig:
+    """`[lines.NAME.access]`: accounts of the operating system, `anyone@prefect` and `anyone@mlflow`; () = anybody."""
+
+    approve: tuple[str, ...] = ()  # who may approve and reject what waits for a person
+    rollback: tuple[str, ...] = ()  # who may move the champion: roll back, promote a replay
+
+
+@dataclass(frozen=True)
 class LineConfig:
     """`[lines.NAME]`: one running model."""
 
@@ -95,6 +103,7 @@ class LineConfig:
     search: SearchConfig = field(default_factory=SearchConfig)  # for a fold that passes, or for a better one
     runner: RunnerConfig = field(default_factory=RunnerConfig)  # which machine folds
     signing: SigningConfig = field(default_factory=SigningConfig)  # whose signatures are asked for
+    access: AccessConfig = field(default_factory=AccessConfig)  # who may decide
     evaluation_seconds: float = 3600.0  # measuring one model on one suite may take; more counts as not measured
     approval: str = "never"  # which candidates wait for a person: never, on-reject (soft rejections) or always (all)
     notify: tuple[str, ...] = ()  # notification blocks of Prefect that hear what became of an expert, as TYPE/NAME

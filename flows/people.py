@@ -1,11 +1,11 @@
 """The verbs with which a person decides: what waits, which version serves, which experts are in it."""
 
-import getpass
 import sys
 from typing import Any, NoReturn
 
 import click
 
+from flows.access import account
 from flows.telling import say
 from flows.verb import REJECTED, answer, house_of, prefect_for
 
@@ -30,7 +30,7 @@ def approve(options: dict[str, Any], line: str, version: int, because: str) -> N
     with prefect_for(options, [line], check=False):
         from flows.approval import approve as decide
 
-        decide(line, version, because, getpass.getuser(), str(options["config_file"]))
+        decide(line, version, because, account(), str(options["config_file"]))
     click.echo(f"{line}: v{version} approved")
     say(f"Next: foldin watch {line}")
 
@@ -45,7 +45,7 @@ def reject(options: dict[str, Any], line: str, version: int, because: str) -> No
     with prefect_for(options, [line], check=False):
         from flows.approval import reject as decide
 
-        decide(line, version, because, getpass.getuser(), str(options["config_file"]))
+        decide(line, version, because, account(), str(options["config_file"]))
     click.echo(f"{line}: v{version} declined")
     say(f"Next: foldin watch {line}")
 
@@ -60,7 +60,7 @@ def rollback(options: dict[str, Any], line: str, to: int | None, because: str) -
     with prefect_for(options, [line], check=False):  # it needs none of them, and must work when they are wrong
         from flows.rollback import rollback as roll_back
 
-        moved = roll_back(line, because, to, getpass.getuser(), str(options["config_file"]))
+        moved = roll_back(line, because, to, account(), str(options["config_file"]))
     click.echo(f"{line}: v{moved['from']} -> v{moved['to']}")
     say(f"Next: foldin log {line}")
 
@@ -88,7 +88,7 @@ def replay(
     with prefect_for(options, [line]):
         from flows.replay import replay as rebuild
 
-        who, file = getpass.getuser(), str(options["config_file"])
+        who, file = account(), str(options["config_file"])
         facts = rebuild(line, because, list(without), list(order), promote, who, file)
     from flows.printing import print_replay
 
@@ -127,12 +127,12 @@ def gc(
     from flows.printing import print_garbage
 
     if back is not None:
-        had_again(house, line, back, because, getpass.getuser())
+        had_again(house, line, back, because, account())
         click.echo(f"{line}: v{back} is whole")
         return
     ours = house.config.registry
     many = Keep(int(ours.keep) if keep is None else keep, int(ours.keep_thin) if keep_thin is None else keep_thin)
-    answer(garbage(house, line, many, because, getpass.getuser(), yes=yes), as_json, print_garbage)
+    answer(garbage(house, line, many, because, account(), yes=yes), as_json, print_garbage)
 
 
 @click.command(short_help="Let an expert be folded again.")
@@ -144,7 +144,7 @@ def requeue(options: dict[str, Any], line: str, expert: str, because: str) -> No
     """Put an EXPERT of LINE that was rejected, set aside, withdrawn or rolled back at the end of the queue again."""
     from flows.requeue import requeue as again
 
-    name = again(house_of(options), line, expert, because, getpass.getuser())
+    name = again(house_of(options), line, expert, because, account())
     click.echo(f"{name}: pending")
     say(f"Next: foldin watch {line}")
 
@@ -163,7 +163,7 @@ def archive(options: dict[str, Any], line: str, experts: tuple[str, ...], tolera
     from flows.archive_table import print_archives
     from flows.archiving import archive as keep
 
-    rows = keep(house, line, experts, tolerance, getpass.getuser())
+    rows = keep(house, line, experts, tolerance, account())
     answer(rows, as_json, print_archives)
     reasons = [row["reason"] for row in rows if row["reason"]]
     for reason in reasons:

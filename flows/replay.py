@@ -11,6 +11,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.access import admitted
 from flows.champion import agree, check_target, follow
 from flows.judging import Judged
 from flows.leasing import held
@@ -63,11 +64,12 @@ def replay(
         config_file: foldin.toml.
 
     Raises:
-        FoldinError: E_EXPERT for an expert that the champion does not hold, E_BLOCKED, E_SOURCE or E_DIGEST when one
-            that is kept is gone or changed; the champion is then unchanged.
+        FoldinError: E_ACCESS when the line lets others promote, E_EXPERT for an expert that the champion does not hold,
+            E_BLOCKED, E_SOURCE or E_DIGEST when one that is kept is gone or changed; the champion is then unchanged.
     """
     at = house(config_file)
     settings = at.config.line(line)
+    who = admitted(settings, line, "rollback", who) if promote else who
     check_settings(settings, line)
     with held(at, line, told=say) as lease, surroundings():
         agree(at, lease, say, "replay")

@@ -2,6 +2,7 @@
 
 from prefect import flow
 
+from flows.access import admitted
 from flows.champion import roll_back
 from flows.leasing import held
 from flows.telling import say
@@ -17,10 +18,11 @@ def rollback(
     """Move the champion to version `to` (its parent when None), verified first; a fold that runs can write no more.
 
     Raises:
-        FoldinError: E_VERSION, E_GATE or E_DIGEST when the target may not be champion; the champion is then unchanged.
+        FoldinError: E_ACCESS when the line lets others do that; E_VERSION, E_GATE or E_DIGEST when the target may not
+            be champion. The champion is then unchanged.
     """
     at = house(config_file)
-    at.config.line(line)
+    who = admitted(at.config.line(line), line, "rollback", who)
     before = at.ledger.line(line).champion
     target = to if to is not None else _parent(line, chain(at, line, before) if before else [])
     with held(at, line, seize=True) as lease:

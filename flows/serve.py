@@ -10,13 +10,15 @@ from typing import Any
 
 from flows import wiring
 from flows.config import Config
-from flows.environment import prefect_api_url, using_prefect
+from flows.environment import prefect_api_url, prefect_authorization, using_prefect
 from flows.processes import HOST, Page, Service, free_port, python, started
 from flows.stack import TALKING, mlflow, prefect
 from flows.telling import say
 from registry.records import FoldinError, Refusal
 
 TEMPORARY = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
+
+LOGIN = "set PREFECT_API_AUTH_STRING to the server's USER:PASSWORD, or PREFECT_API_AUTH_STRING_FILE to a file of it"
 
 
 def deployments(config: Config, config_file: str) -> list[Any]:
@@ -165,7 +167,7 @@ def named_prefect() -> str:
     """The URL of the Prefect API that the environment names.
 
     Raises:
-        FoldinError: E_SERVER when none is named, or it does not answer.
+        FoldinError: E_SERVER when none is named, it does not answer, or it does not let us in.
     """
     url = prefect_api_url()
     if not url:
@@ -176,10 +178,22 @@ def named_prefect() -> str:
 
 
 def _check_answers(url: str) -> None:
-    """Nothing, when the Prefect API that the environment names answers."""
+    """Nothing, when the Prefect API that the environment names answers, and lets us in."""
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10):
-            return
+        for path in ("health", "hello"):  # the first is open to all
+            question = urllib.request.Request(f"{url.rstrip('/')}/{path}", headers=prefect_authorization())
+            with urllib.request.urlopen(question, timeout=10):
+                pass
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            what, remedy = "the Prefect API lets nobody in without a login, or with another", LOGIN
+            raise FoldinError(Refusal("E_SERVER", what, url, found=str(error), remedy=remedy)) from error
+        if path == "health":
+            raise FoldinError(_silent(url, error)) from error
     except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-        what, remedy = "the Prefect API does not answer", "start that server, or unset PREFECT_API_URL"
-        raise FoldinError(Refusal("E_SERVER", what, url, found=str(error), remedy=remedy)) from error
+        raise FoldinError(_silent(url, error)) from error
+
+
+def _silent(url: str, error: Exception) -> Refusal:
+    what, remedy = "the Prefect API does not answer", "start that server, or unset PREFECT_API_URL"
+    return Refusal("E_SERVER", what, url, found=str(error), remedy=remedy)

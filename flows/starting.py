@@ -72,7 +72,7 @@ def _check_name_is_free(house: House, line: str, key: str) -> None:
     """Nothing, when MLflow holds nothing under the line's name but what an interrupted start of it left there."""
     mine = house.mlflow.registered(line, key)
     strange = [version for version in house.mlflow.versions(line) if version != mine]
-    if strange or house.mlflow.champion(line) is not None:
+    if strange or (house.mlflow.exists(line) and house.mlflow.champion(line) is not None):
         raise FoldinError(
             Refusal(
                 code="E_ALIAS",

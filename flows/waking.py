@@ -57,7 +57,7 @@ async def make_run(client: "PrefectClient", line: str, event: str) -> Rest:
     Raises:
         FoldinError: E_SERVER when Prefect does not answer, or has no such deployment.
     """
-    from httpx import HTTPError
+    from httpx import HTTPError, HTTPStatusError
     from prefect.exceptions import ObjectNotFound
 
     name, key = f"watch/{line}", f"foldin {line}: {event}"
@@ -70,7 +70,9 @@ async def make_run(client: "PrefectClient", line: str, event: str) -> Rest:
         raise FoldinError(Refusal("E_SERVER", what, f"deployment {name}", remedy=remedy)) from error
     except HTTPError as error:
         what, found = "Prefect does not answer", f"{type(error).__name__}: {error}"
-        raise FoldinError(Refusal("E_SERVER", what, f"deployment {name}", found=found)) from error
+        shut = isinstance(error, HTTPStatusError) and error.response.status_code in (401, 403)
+        remedy = "set PREFECT_API_AUTH_STRING to the server's USER:PASSWORD" if shut else ""
+        raise FoldinError(Refusal("E_SERVER", what, f"deployment {name}", found=found, remedy=remedy)) from error
     return _see_one_begin(client, deployment.id, run.id, key, tags)
 
 

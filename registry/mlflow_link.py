@@ -16,6 +16,21 @@ from registry.records import FoldinError, Refusal
 MERGE_KEY = "foldin.merge_key"
 TAG_LIMIT = 400  # characters; documents go into artifacts, short facts into tags
 
+NO_DENIAL = (
+    "MLflow did not do what was asked",
+    "check that it runs and that tracking_uri in foldin.toml is right, then try again",
+)
+DENIALS = {
+    401: (
+        "MLflow does not know the account, or its password is another (401)",
+        "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, or a file of them",
+    ),
+    403: (
+        "the account may not do that in MLflow (403)",
+        "have it granted, as docs/access.md says, or use the account that may",
+    ),
+}
+
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -37,13 +52,14 @@ class Link:
         try:
             yield
         except (MlflowException, OSError, BotoCoreError, ClientError) as error:
+            what, remedy = DENIALS.get(denied(error), NO_DENIAL)
             raise FoldinError(
                 Refusal(
                     code="E_MLFLOW",
-                    what="MLflow did not do what was asked",
+                    what=what,
                     where=f"MLflow at {_without_password(self.uri)}",
                     found=shown(_without_password(str(error).strip().partition("\n")[0])),
-                    remedy="check that it runs and that tracking_uri in foldin.toml is right, then try again",
+                    remedy=remedy,
                 )
             ) from error
 
@@ -67,10 +83,20 @@ def missing(error: MlflowException) -> bool:
     return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
 
 
+def denied(error: Exception) -> int:
+    """The status, 401 or 403, with which a server refused an account; 0 for any other error.
+
+    MLflow's own answers carry a code; what its proxy for files answers comes as text, after several tries.
+    """
+    status = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}.get(getattr(error, "error_code", ""), 0)
+    told = re.search(r"\b(401|403) Client Error\b|failed with error code (401|403)\b", str(error))
+    return status or (int(told[1] or told[2]) if told else 0)
+
+
 def unreachable(error: MlflowException) -> bool:
-    """Whether the server is the trouble, not what was asked of it."""
+    """Whether the server, or the account, is the trouble, not what was asked for."""
     text = str(error)
-    return "API request to" in text or "Max retries" in text or "timed out" in text
+    return bool(denied(error)) or "API request to" in text or "Max retries" in text or "timed out" in text
 
 
 def quoted(name: str) -> str:

@@ -70,6 +70,11 @@ class MlflowStore:
 
     # a line's versions
 
+    def exists(self, line: str) -> bool:
+        """Whether there is a registered model of a name. Asked otherwise, a server with logins says 403 when not."""
+        with self._reached():
+            return bool(self._client.search_registered_models(f"name = '{quoted(line)}'", max_results=1))
+
     def champion(self, line: str) -> int | None:
         """The version the alias stands on; None when it stands nowhere."""
         return self._alias(line, CHAMPION)

@@ -517,7 +517,7 @@ def test_a_version_that_waits_is_a_suspended_run_with_a_form_and_the_answer_deci
     assert resume(url, run, approve=True, because="it is good", who="ann")["status"] == "ACCEPT"
     wait_for(lambda: runs_in(url, "Completed"))
     assert (desk.champion, desk.states) == (2, ["folded", "pending"])
-    assert desk.shown(2) == ("approved", "ann", "it is good", False)
+    assert desk.shown(2) == ("approved", "ann (unverified, through Prefect)", "it is good", False)
     # The next one is decided on the command line; who answers the form later changes nothing.
     assert desk.watch() == [("v2", "needs-approval", 3)]
     (run,) = wait_for(lambda: runs_in(url, "Suspended"))

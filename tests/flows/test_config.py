@@ -11,7 +11,7 @@ from evaluation.suites import write_suite
 from flows import config, starting
 from flows import settings as settings_of
 from flows.config import load
-from flows.options import LineConfig, RegistryConfig, SearchConfig, SigningConfig
+from flows.options import AccessConfig, LineConfig, RegistryConfig, SearchConfig, SigningConfig
 from flows.signing import check_signing
 from registry.records import FoldinError
 
@@ -42,7 +42,7 @@ def settings(**changes):
     return LineConfig(**{"base": "base", "experts": ("demo-experts",), **changes})
 
 
-@pytest.mark.parametrize("kind", [RegistryConfig, LineConfig, SearchConfig, SigningConfig])
+@pytest.mark.parametrize("kind", [RegistryConfig, LineConfig, SearchConfig, SigningConfig, AccessConfig])
 def test_every_field_is_explained_on_its_line(kind):
     source = inspect.getsource(kind)
     explained = set(re.findall(r"^    (\w+): .+  # \S.{7,}$", source, flags=re.MULTILINE))
@@ -305,3 +305,31 @@ def test_events_go_to_a_server_or_to_a_file_beside_the_configuration(tmp_path):
     assert events("events.jsonl") == str(tmp_path / "events.jsonl")
     assert events("https://ann:word@catalogue:5000/") == "https://ann:word@catalogue:5000/"
     assert "neither a server nor a file" in said(lambda: events("s3://bucket/events"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (
+            'approve = [""]',
+            "names nobody. Expected accounts of the operating system, or anyone@prefect. Found ''",
+        ),
+        ('rollback = [" alice"]', "rollback names nobody"),
+        ('approve = ["anyone@mlflow"]', "approve names nobody"),
+        (
+            'rollback = ["anyone@prefekt"]',
+            "names nobody. Expected accounts of the operating system, or anyone@m",
+        ),
+        ('approve = "alice"', "approve has the wrong type. Expected a list of texts"),
+        ('approvers = ["alice"]', "Did you mean 'approve'"),
+    ],
+)
+def test_a_table_access_that_names_nobody_is_refused(write, rows, told):
+    assert told in said(lambda: load(write(f"{LINE}[lines.demo.access]\n{rows}\n")))
+
+
+def test_a_table_access_names_accounts_and_doors(write):
+    rows = 'approve = ["alice", "ops@example.org", "anyone@prefect"]\nrollback = ["anyone@mlflow"]\n'
+    found = load(write(f"{LINE}[lines.demo.access]\n{rows}")).line("demo").access
+    assert found == AccessConfig(("alice", "ops@example.org", "anyone@prefect"), ("anyone@mlflow",))
+    assert load(write(LINE)).line("demo").access == AccessConfig()

@@ -10,7 +10,15 @@ import pytest
 from evaluation.gate import Rules
 from flows.cli import cli
 from flows.config import load
-from flows.options import LineConfig, ReceiverConfig, RegistryConfig, SearchConfig, SigningConfig, StackConfig
+from flows.options import (
+    AccessConfig,
+    LineConfig,
+    ReceiverConfig,
+    RegistryConfig,
+    SearchConfig,
+    SigningConfig,
+    StackConfig,
+)
 from merging import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +75,7 @@ def test_every_method_has_its_paragraph():
         ("`[lines.NAME]`", LineConfig),
         ("`[lines.NAME.gate]`", Rules),
         ("`[lines.NAME.search]`", SearchConfig),
+        ("`[lines.NAME.access]`", AccessConfig),
         ("`[lines.NAME.signing]`", SigningConfig),
     ],
 )

@@ -10,7 +10,14 @@ import pytest
 
 from flows import wiring
 from flows.config import load
-from flows.environment import child_environment, prefect_api_url, prepare_environment, using_prefect
+from flows.environment import (
+    SECRETS,
+    child_environment,
+    prefect_api_url,
+    prefect_authorization,
+    prepare_environment,
+    using_prefect,
+)
 from flows.options import LineConfig, SearchConfig
 
 SETTINGS = LineConfig(base="base", experts=("demo-experts",), suites={"city": "suites/city"})
@@ -132,3 +139,23 @@ def test_the_same_merge_has_the_same_name_in_every_process():
 )
 def test_whatever_changes_the_result_changes_the_name(other):
     assert wiring.merge_key(*other) != wiring.merge_key(*KEY)
+
+
+def test_a_password_may_be_in_a_file_and_one_that_is_set_stays(environment, monkeypatch, tmp_path):
+    (tmp_path / "password").write_text("from the file\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "set")
+    for key in SECRETS:
+        monkeypatch.setenv(f"{key}_FILE", str(tmp_path / "password"))
+    prepare_environment(load(tmp_path / "foldin.toml", new=True))
+    assert [os.environ[key] for key in SECRETS] == ["from the file", "set", "from the file"]
+
+
+def test_the_login_of_a_prefect_that_is_started_here_is_sent_to_no_other(environment, monkeypatch, tmp_path):
+    config = load(tmp_path / "foldin.toml", new=True)
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "us:secret")
+    monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere.example/api")
+    prepare_environment(config)
+    assert prefect_authorization() == {}
+    monkeypatch.delenv("PREFECT_API_URL")
+    prepare_environment(config)
+    assert prefect_authorization() == {"Authorization": "Basic dXM6c2VjcmV0"}
