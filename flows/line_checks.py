@@ -58,7 +58,7 @@ def check_search(path: Path, where: str, search: SearchConfig) -> None:
 
 
 def check_experts(path: Path, where: str, line: str, experts: tuple[str, ...]) -> None:
-    """Nothing, when MLflow can have these models and none is the line's own: it would fold its own versions for ever."""
+    """Nothing, when MLflow can have these models, none the line's own: it would fold its own versions for ever."""
     wrong = [name for name in experts if not name.strip() or "/" in name or ":" in name]
     if not experts or wrong:
         found = repr(wrong[0]) if wrong else "[]"
