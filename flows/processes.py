@@ -36,7 +36,7 @@ class Page(NamedTuple):
     def answers(self) -> bool:
         """Whether it answers now."""
         try:
-            with urllib.request.urlopen(f"{self.url}{self.health}", timeout=5):
+            with urllib.request.urlopen(f"{self.url}{self.health}", timeout=10):
                 return True
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False

@@ -42,11 +42,25 @@ class Waker:
         await asyncio.sleep(max(0.0, self._last.get(line, -math.inf) + self._quiet - now()))
         del self._next[line]  # who comes from now on may have seen what this run does not
         self._last[line] = now()
-        rest = await self._make_run(line, event)
+        try:
+            rest = await self._make_run(line, event)
+        except FoldinError:
+            self._go_on(line, self._try_again(line, event))
+            raise
         if rest is not None:
-            if line in self._rests:
-                self._rests[line].cancel()
-            self._rests[line] = asyncio.create_task(rest)
+            self._go_on(line, rest)
+
+    async def _try_again(self, line: str, event: str) -> None:
+        """Wake a line that could not be woken; who told of the event may not do so for as long as Prefect is away."""
+        await asyncio.sleep(AFTER)
+        with suppress(FoldinError):
+            await self.wake(line, event)
+
+    def _go_on(self, line: str, rest: Rest) -> None:
+        """Do what is left to do about a line, instead of what was left before."""
+        if line in self._rests:
+            self._rests[line].cancel()
+        self._rests[line] = asyncio.create_task(rest)
 
 
 async def make_run(client: "PrefectClient", line: str, event: str) -> Rest:

@@ -10,6 +10,7 @@ from collections import Counter
 import httpx
 import pytest
 
+from flows import waking
 from flows.config import parse
 from flows.deliveries import ID, SIGNATURE, STAMP, WINDOW, Deliveries, sign
 from flows.hints import lines_for
@@ -241,6 +242,23 @@ def test_after_a_failure_the_next_hint_tries_again():
         return runs.made
 
     assert asyncio.run(fail_once()) == [("support", "v2")]
+
+
+def test_after_failures_the_line_is_woken_though_nobody_tells_again(monkeypatch):
+    monkeypatch.setattr(waking, "AFTER", 0.02)
+
+    async def fail_for_a_while():
+        runs = Runs()
+        waker = Waker(runs.make, quiet=0.0)
+        runs.broken = True
+        with pytest.raises(FoldinError, match="Prefect does not answer"):
+            await waker.wake("support", "v1")
+        await asyncio.sleep(0.2)
+        runs.broken = False
+        await asyncio.sleep(0.2)
+        return runs.made
+
+    assert asyncio.run(fail_for_a_while()) == [("support", "v1")]
 
 
 # ten thousand
