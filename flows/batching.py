@@ -6,12 +6,12 @@ them, and the others are folded, in their order. A batch of one is that from the
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from prefect import flow
 
 from flows.about import learn
 from flows.champion import reconcile
+from flows.dispatching import Outcome
 from flows.emitting import emitted
 from flows.leasing import held
 from flows.merge import admit_expert, begun, conclude, fold_one, fold_tensors, judge, note_fallback, set_aside
@@ -25,9 +25,9 @@ from flows.telling import say
 from flows.waiting import stands_still, waiting
 from flows.wiring import House, house
 from flows.work import Member, Work, work_on
-from registry.records import Expert, ExpertState, Lease, Refusal
+from registry.records import Expert, ExpertState, FoldinError, Lease, Refusal
 
-Outcome = dict[str, Any]  # expert, state, reason, version
+ROOM = frozenset({"E_MEMORY", "E_SYSTEM", "E_DISK"})  # what fewer experts may have enough of
 
 
 @flow(name="merge-batch", flow_run_name="{line}: what waits", persist_result=False)
@@ -41,16 +41,28 @@ def merge_batch(line: str, config_file: str = "foldin.toml", fallback: str = "")
     at.ledger.line(line)
     check_settings(settings, line)
     with held(at, line, told=say) as lease:
-        first = at.ledger.experts(line, ExpertState.PENDING)[: together(settings)]
-        if not first or not reconcile(at, lease, say) or stands_still(at, line):
+        if not reconcile(at, lease, say) or stands_still(at, line):
             return []
-        # One that a run ended at without a word may end this one too.
-        first = first[: next((place for place, each in enumerate(first) if each.attempts), len(first)) or 1]
+        first = next_batch(at, line, together(settings))
         note_fallback(at, lease, first, fallback)
         with sparing(at, lease, first):
             members, outcomes = gathered(at, settings, lease, first)
             outcomes += fold_members(at, settings, lease, members)
     return outcomes
+
+
+def next_batch(at: House, line: str, most: int) -> list[Expert]:
+    """The experts of the next pass: those of a batch that passed and was not committed, else as many as may be."""
+    waiting = at.ledger.experts(line, ExpertState.PENDING)
+    champion = at.ledger.line(line).champion
+    for merge in reversed(at.ledger.merges(line)):
+        begun = waiting[: len(merge.experts)]
+        passed = merge.verdict.passed and merge.version is None and merge.parent == champion
+        if passed and merge.also and [each.id for each in begun] == list(merge.experts):
+            return begun
+    # One that a run ended at without a word may end this one too.
+    first = waiting[:most]
+    return first[: next((place for place, each in enumerate(first) if each.attempts), len(first)) or 1]
 
 
 def together(settings: LineConfig) -> int:
@@ -92,14 +104,14 @@ def _marks(member: Member) -> tuple[str, str]:
 
 def fold_members(at: House, settings: LineConfig, lease: Lease, members: Sequence[Member]) -> list[Outcome]:
     """Fold admitted experts in one pass; when that does not pass, the first half, then the second."""
-    if not members:
+    if not members or not reconcile(at, lease, say):  # somebody may have moved the alias since the last pass
         return []
     work = _work(at, settings, lease, members)
     many = f"{len(members)} experts in one pass" if work.others else f"task {work.expert.task}"
     say(f"{work.name} ({many}): folding into {lease.line} v{work.parent.number}")
     if not work.others:
         return [observed(work, partial(emitted, fold=partial(fold_one, admitted=members[0].admitted)))]
-    outcome = observed(work, partial(fold_together, members=members))
+    outcome = tried(work, members)
     if outcome["version"]:
         return [{**outcome, "expert": each.name} for each in work.experts]
     say(f"{work.name}: {outcome['state']} in one pass: {outcome['reason']}; trying fewer")
@@ -107,7 +119,21 @@ def fold_members(at: House, settings: LineConfig, lease: Lease, members: Sequenc
     outcomes = fold_members(at, settings, lease, members[:half])
     if waiting(at, lease.line):
         return outcomes  # a person decides first
+    for member in members[half:]:  # a version that was committed before them has cleared their attempts
+        at.ledger.clear_attempts(lease, member.expert)
+        at.ledger.begin(lease, member.expert, member.expert.task)
     return outcomes + fold_members(at, settings, lease, members[half:])
+
+
+def tried(work: Work, members: Sequence[Member]) -> Outcome:
+    """What became of a pass; what it had too little room for is like one that did not pass."""
+    try:
+        return observed(work, partial(fold_together, members=members))
+    except FoldinError as error:
+        pending = {each.id for each in work.house.ledger.experts(work.lease.line, ExpertState.PENDING)}
+        if error.refusal.code not in ROOM or not pending.issuperset(each.id for each in work.experts):
+            raise
+        return {"expert": work.name, "state": "failed", "reason": str(error), "version": None}
 
 
 def fold_together(work: Work, members: Sequence[Member]) -> Outcome:

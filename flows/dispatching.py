@@ -7,6 +7,7 @@ import time
 from typing import Any, cast
 from uuid import UUID
 
+from httpx import HTTPError
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import OrchestrationResult
@@ -23,6 +24,7 @@ from registry.records import Expert, ExpertState, FoldinError, Refusal
 
 LOOK = 1.0  # seconds between two looks at a run
 SILENCE = 60.0  # seconds that a run may say it runs while nobody holds the line
+STUCK = 600.0  # seconds that it may be about to run: an image may have to be fetched
 Outcome = dict[str, Any]  # expert, state, reason, version
 Merge = Flow[..., Any]  # merge_expert or merge_batch
 
@@ -40,10 +42,9 @@ def folded(merge: Merge, line: str, config_file: str) -> list[Outcome]:
         return _as_list(merge(line, config_file))
     before = at.ledger.experts(line, ExpertState.PENDING)
     ended = _in_pool(at, merge, line, config_file)
-    if ended is None:
-        told = f"no worker of the pool {runner.pool} took the fold within {runner.patience:g} s"
-        say(f"line {line}: {told}; it is folded here, on the CPU")
-        return _as_list(merge(line, config_file, fallback=told))
+    if isinstance(ended, str):
+        say(f"line {line}: {ended}; it is folded here, on the CPU")
+        return _as_list(merge(line, config_file, fallback=ended))
     _check_ended(ended, line, runner.pool)
     return [found for each in before if (found := outcome_of(at, line, each))]
 
@@ -66,13 +67,15 @@ def _as_list(found: Any) -> list[Outcome]:  # noqa: ANN401 - what a flow returns
     return found if isinstance(found, list) else [found] if found else []
 
 
-def _in_pool(at: House, merge: Merge, line: str, config_file: str) -> State[Any] | None:
-    """How the run in the pool ended; None when it was taken back, because nobody began it in time."""
+def _in_pool(at: House, merge: Merge, line: str, config_file: str) -> State[Any] | str:
+    """How the run in the pool ended; or why it shall be folded here."""
     name, runner = f"{merge.name}/{line}", at.config.line(line).runner
     try:
         run = cast("FlowRun", run_deployment(name, parameters={"line": line, "config_file": config_file}, timeout=0))
     except ObjectNotFound as error:
-        what, remedy = "Prefect has no such deployment", "start `foldin serve` again, or `foldin up`"
+        if runner.fallback == "cpu":
+            return f"Prefect has no deployment {name}"
+        what, remedy = "Prefect has no such deployment", "set PREFECT_API_URL to the server that `foldin serve` uses"
         raise FoldinError(Refusal("E_SERVER", what, f"deployment {name}", remedy=remedy)) from error
     say(f"line {line}: the fold waits for a worker of the pool {runner.pool}")
     with get_client(sync_client=True) as client:
@@ -83,24 +86,34 @@ def _in_pool(at: House, merge: Merge, line: str, config_file: str) -> State[Any]
             raise
 
 
-def _awaited(client: SyncPrefectClient, at: House, line: str, run: UUID) -> State[Any] | None:
+def _awaited(client: SyncPrefectClient, at: House, line: str, run: UUID) -> State[Any] | str:
     runner, begun, heard = at.config.line(line).runner, time.monotonic(), time.monotonic()
+    silence = max(SILENCE, 2 * at.config.registry.lease_seconds)
     while True:
-        state = client.read_flow_run(run).state
-        assert state is not None, "a run has a state"
-        if state.is_final():
+        state = _state_of(client, run)
+        now = time.monotonic()
+        if state is not None and state.is_final():
             return state
-        if not state.is_running() and not state.is_cancelling():
-            heard = time.monotonic()
-            late = heard > begun + runner.patience
-            if late and runner.fallback == "cpu" and _taken_back(client, run):
-                return None
-        elif at.ledger.leases.alive(line):
-            heard = time.monotonic()
-        elif time.monotonic() > heard + max(SILENCE, 2 * at.config.registry.lease_seconds):
-            # Its worker died without a word: Prefect would show it as running for ever.
-            client.set_flow_run_state(run, Crashed(message="nobody holds the line"), force=True)
+        if state is None or state.is_scheduled() or at.ledger.leases.alive(line):
+            heard = now
+        late = state is not None and not state.is_running() and now > begun + runner.patience
+        if late and runner.fallback == "cpu" and _taken_back(client, run):
+            return f"no worker of the pool {runner.pool} took the fold within {runner.patience:g} s"
+        if state is not None and now > heard + (max(STUCK, runner.patience) if state.is_pending() else silence):
+            # Its worker died without a word: Prefect would show it so for ever.
+            ended = Cancelled if state.is_cancelling() else Crashed
+            client.set_flow_run_state(run, ended(message="nobody holds the line"), force=True)
         time.sleep(LOOK)
+
+
+def _state_of(client: SyncPrefectClient, run: UUID) -> State[Any] | None:
+    """How a run stands; None while Prefect does not answer. One that was deleted was cancelled."""
+    try:
+        return client.read_flow_run(run).state
+    except ObjectNotFound:
+        return Cancelled(message="the run was deleted")
+    except HTTPError:
+        return None
 
 
 def _taken_back(client: SyncPrefectClient, run: UUID) -> bool:

@@ -10,7 +10,7 @@ from flows.tables import EXAMPLES, check_number, refused
 
 SEARCHES = ("never", "on-reject", "always")
 FALLBACKS = ("never", "cpu")
-MOST_AT_ONCE = 32  # experts of one pass; their names must fit into a tag of MLflow
+MOST_AT_ONCE = 32  # experts of one pass; who takes its version back takes all of them back
 POOL = re.compile(r"(?!prefect)[A-Za-z0-9][A-Za-z0-9_-]*")  # what Prefect takes; it keeps its own name for itself
 
 

@@ -1,6 +1,6 @@
-"""Which expert a person means."""
+"""Which expert a person means, and how several are named."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from registry.records import FoldinError, Refusal
@@ -42,6 +42,15 @@ def find_expert(text: str, experts: Iterable[Some], where: str) -> Some:
     names = ", ".join(f"{each.model} v{each.version} ({each.task})" for each in found or known) or "none"
     remedy = "name one as MODEL vN"
     raise FoldinError(Refusal("E_EXPERT", what, where, expected=f"one of {names}", found=text, remedy=remedy))
+
+
+def listed(names: Sequence[str], limit: int = 160) -> str:
+    """Names with commas between, those that fit; then how many more there are."""
+    told = ", ".join(names)
+    if len(told) <= limit:
+        return told
+    fit = max(1, next(many for many in range(len(names), -1, -1) if len(", ".join(names[:many])) <= limit))
+    return f"{', '.join(names[:fit])[:limit]} and {len(names) - fit} more"
 
 
 def _names(expert: Named) -> set[str]:

@@ -1,6 +1,7 @@
 """The scheduled flow: fold what waits in few passes, verify the champion, collect garbage, tell what came of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from prefect import flow
@@ -8,16 +9,17 @@ from prefect.artifacts import create_markdown_artifact
 
 from evaluation.escape import clean, markdown
 from flows.batching import merge_batch
-from flows.champion import UNFIT, blocked
+from flows.champion import blocked
 from flows.collecting import Keep, collect
+from flows.dispatching import outcome_of
 from flows.notifying import send
 from flows.telling import say
 from flows.versions import REPORT_FILE, find_merge, look_at, verified
-from flows.waiting import facts_of, how
+from flows.waiting import facts_of, how, waiting
 from flows.watch import fold_all
 from flows.wiring import House, house
 from registry.files import read_json
-from registry.records import FoldinError
+from registry.records import Expert, ExpertState, FoldinError
 
 Facts = dict[str, Any]
 
@@ -27,47 +29,66 @@ def nightly(line: str, config_file: str = "foldin.toml") -> Facts:
     """Fold what waits, several experts in one pass; verify the champion; remove what nobody needs; tell people.
 
     Raises:
-        FoldinError: why the champion is not fit any more, after all else was done and told.
+        Exception: the first that failed of these, after the others were done and all was told.
     """
     at = house(config_file)
-    before = at.ledger.line(line).champion if line in {each.name for each in at.ledger.lines()} else None
-    outcomes = fold_all(line, config_file, merge_batch)
-    unfit = checked(at, line)
+    before, ended, trouble = _champion(at, line), _ended(at, line), list[Exception]()
+    with spared_to(trouble):
+        fold_all(line, config_file, merge_batch)
+    if _champion(at, line) is None:
+        raise trouble[0]  # the line could not even be started
+    with spared_to(trouble):
+        verified(at, line, _champion(at, line) or 0)
+    collected: list[str] = []
+    if not trouble and not blocked(at, line):  # who has to look into it may want what is there
+        with spared_to(trouble):
+            collected = collect_old(at, line)
     facts = {
         "line": line,
-        "champion": [before, at.ledger.line(line).champion],
-        "outcomes": outcomes,
+        "champion": [before, _champion(at, line)],
+        "outcomes": [found for each in _settled(at, line, ended) if (found := outcome_of(at, line, each))],
         "tasks": moved(at, line, before),
         "waits": facts_of(at, line),
-        "collected": collected(at, line),
-        "trouble": [str(each) for each in (unfit, blocked(at, line)) if each],
+        "collected": collected,
+        "trouble": [str(each) for each in (*trouble, blocked(at, line)) if each],
     }
     text = digest(facts)
     create_markdown_artifact(text, key="nightly", description=f"what the night brought {clean(line)}")
-    if outcomes or facts["trouble"]:
+    if facts["outcomes"] or facts["trouble"]:
         send(at.config.line(line), summary(facts), text)
-    if unfit:
-        raise unfit
+    if trouble:
+        raise trouble[0]
     return facts
 
 
-def checked(at: House, line: str) -> FoldinError | None:
-    """Why the champion, every byte of it read again, may not be served; None when it may."""
-    champion = at.ledger.line(line).champion
+@contextmanager
+def spared_to(trouble: list[Exception]) -> Iterator[None]:
+    """What goes wrong in the block is said and kept, so that the rest of the night is done and people hear of it."""
     try:
-        verified(at, line, champion or 0)
-    except FoldinError as error:
-        if error.refusal.code not in UNFIT:
-            raise
-        say(f"{line} v{champion}, the champion, is not as it was: {error}")
-        return error
-    return None
+        yield
+    except Exception as error:  # noqa: BLE001 - it is raised again, once all was told
+        say(f"{type(error).__name__}: {error}" if not isinstance(error, FoldinError) else str(error))
+        trouble.append(error)
 
 
-def collected(at: House, line: str) -> list[str]:
-    """The names of what was removed; none while the line is blocked."""
-    if blocked(at, line):
-        return []
+def _champion(at: House, line: str) -> int | None:
+    return at.ledger.line(line).champion if line in {each.name for each in at.ledger.lines()} else None
+
+
+def _ended(at: House, line: str) -> set[int]:
+    """The ids of the experts that wait no more, or for a person."""
+    held = waiting(at, line)
+    ended = {each.id for each in at.ledger.experts(line) if each.state is not ExpertState.PENDING}
+    return ended | {held.expert_id or 0} if held else ended
+
+
+def _settled(at: House, line: str, before: set[int]) -> list[Expert]:
+    """The experts that may have been settled since, or wait for a person now."""
+    return [each for each in at.ledger.experts(line) if each.id not in before]
+
+
+def collect_old(at: House, line: str) -> list[str]:
+    """Collect the line's garbage; the names of what was removed."""
     keep = Keep(int(at.config.registry.keep), int(at.config.registry.keep_thin))
     items, _ = collect(at, line, keep, "the nightly collection", "foldin")
     return [f"{each.kind} {each.name}" for each in items]

@@ -1,4 +1,4 @@
-"""On which device a fold is made, and why not on the one that the line names."""
+"""On which device something is made, and why not on the one that the line names."""
 
 import socket
 from dataclasses import replace
@@ -11,9 +11,17 @@ def placed(settings: LineConfig, fallback: str = "") -> tuple[LineConfig, str]:
 
     `fallback` is why the work pool did not fold it.
     """
-    here = replace(settings, runner=RunnerConfig())
-    if not fallback and settings.runner.fallback == "cpu" and settings.device.startswith("cuda"):
+    at_hand = replace(settings, runner=RunnerConfig())
+    if not fallback and settings.runner.fallback == "cpu" and at_hand.device != here(settings).device:
+        fallback = f"the worker on {socket.gethostname()} has no GPU"
+    return (replace(at_hand, device="cpu"), fallback) if fallback else (at_hand, "")
+
+
+def here(settings: LineConfig) -> LineConfig:
+    """A line's settings for what only reads, on the processor where there is no GPU: a rollback must not need one."""
+    if settings.device.startswith("cuda"):
         import torch
 
-        fallback = "" if torch.cuda.is_available() else f"the worker on {socket.gethostname()} has no GPU"
-    return (replace(here, device="cpu"), fallback) if fallback else (here, "")
+        if not torch.cuda.is_available():
+            return replace(settings, device="cpu")
+    return settings

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flows.folding import Candidate
 from flows.memory import Memory
+from flows.naming import listed
 from flows.signing import sign_version
 from flows.versions import ANSWERS, PAGE_FILE, PLOTS, REPORT_FILE, Version
 from flows.wiring import House, code_facts
@@ -50,7 +51,7 @@ def show(
     kept = [(path, path.parent.name) for name in (PLOTS, ANSWERS) for path in sorted((folder / name).glob("*"))]
     settings = house.config.line(line)
     # Parameters cannot be written twice, and a search that is made again may choose otherwise: what it chose is a tag.
-    names, tasks = ", ".join(each.name for each in experts), ", ".join(each.task for each in experts)
+    names, tasks = listed([each.name for each in experts]), listed([each.task for each in experts])
     facts = {"line": line, "expert": names, "task": tasks, "method": settings.method}
     house.mlflow.runs.show(
         run_id,
@@ -141,7 +142,7 @@ def register(
         "foldin.weights_sha256": memory.weights_sha256,
         "foldin.base_sha256": memory.base_sha256,
         "foldin.experts": str(len(memory.experts)),
-        "foldin.expert": ", ".join(f"{each.model} v{each.version}" for each in added),
+        "foldin.expert": listed([f"{each.model} v{each.version}" for each in added]),
         "foldin.method": memory.method,
         "foldin.verdict": read_json(folder / MANIFEST)["verdict"],
     }

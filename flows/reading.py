@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.naming import find_expert
+from flows.placing import here
 from flows.versions import PAGE_FILE, REPORT_FILE, chain, extents, find_merge, open_version
 from flows.waiting import decided_by, facts_of, state_of
 from flows.wiring import House, is_dead
@@ -126,7 +127,7 @@ def score(house: House, name: str, number: int | None) -> dict[str, Any]:
     from flows.scoring import Bench, Subject, known_tasks
     from flows.scoring import score as measure
 
-    settings = house.config.line(name)
+    settings = here(house.config.line(name))
     champion = _champion(house, name)
     version = open_version(house, name, champion if number is None else number)
     knows = open_version(house, name, champion)

@@ -19,6 +19,7 @@ from flows.memory import Folded
 from flows.merge import fold_tensors, judge
 from flows.naming import find_expert
 from flows.options import LineConfig
+from flows.placing import placed
 from flows.readmitting import Again, readmit
 from flows.recipe import recipe_of
 from flows.recording import recorded, registered
@@ -68,7 +69,7 @@ def replay(
             E_BLOCKED, E_SOURCE or E_DIGEST when one that is kept is gone or changed; the champion is then unchanged.
     """
     at = house(config_file)
-    settings = at.config.line(line)
+    settings, _ = placed(at.config.line(line))
     who = admitted(settings, line, "rollback", who) if promote else who
     check_settings(settings, line)
     with held(at, line, told=say) as lease, surroundings():

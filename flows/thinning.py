@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from flows.options import LineConfig
 from flows.passes import materialise
+from flows.placing import here
 from flows.plan import numerics_profile
 from flows.planning import plan_to_read
 from flows.pool import devices_of
@@ -155,10 +156,11 @@ def rebuilt(house: House, line: str, base: Version, version: Version) -> Iterato
     for left in work.glob(f"{SCRATCH}*"):  # by a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(dir=work, prefix=SCRATCH, ignore_cleanup_errors=True) as scratch:
-        made = read_again(Path(scratch), house.config.line(line), base, version)
+        settings = here(house.config.line(line))
+        made = read_again(Path(scratch), settings, base, version)
         listed = serving_files(version.folder)
         if made != listed:
-            raise FoldinError(_other_bytes(f"{line} v{version.number}", version, listed, made, house.config.line(line)))
+            raise FoldinError(_other_bytes(f"{line} v{version.number}", version, listed, made, settings))
         yield Path(scratch)
 
 
@@ -166,23 +168,16 @@ def read_again(folder: Path, settings: LineConfig, base: Version, version: Versi
     """Make the serving weights of a version in a folder, from base and state: file -> SHA-256 of what was written."""
     from merging import Stats
 
-    devices = devices_of(_device(settings), int(settings.workers) if settings.workers.isdigit() else 0)
+    devices = devices_of(settings.device, int(settings.workers) if settings.workers.isdigit() else 0)
     plan = plan_to_read(settings, base, version)
     return materialise(folder, plan.slots, plan, Stats(*version.memory.stats), devices).files
-
-
-def _device(settings: LineConfig) -> str:
-    """The line's device, or the processor where there is no such one: a rollback must not need a GPU."""
-    import torch
-
-    return settings.device if torch.cuda.is_available() else "cpu"
 
 
 def _other_bytes(
     where: str, version: Version, listed: Mapping[str, str], made: Mapping[str, str], settings: LineConfig
 ) -> Refusal:
     file = min(name for name in {*listed, *made} if listed.get(name) != made.get(name))
-    then, now = dict(version.memory.profile), numerics_profile(_device(settings))
+    then, now = dict(version.memory.profile), numerics_profile(settings.device)
     told = ", ".join(f"{key} {value}" for key, value in then.items())
     remedy = f"do it where the version was made: {told}" if then != now else "choose another version"
     what = "base and state do not give the version's serving weights here"

@@ -124,7 +124,11 @@ def state(config: Config) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads((config.home / "stack" / STATE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return None if wiring.is_dead(str(found["holder"])) else found
+    holder = str(found["holder"])
+    if holder.partition(":")[0] != wiring.holder().partition(":")[0] and not wiring.is_dead(holder):
+        what, remedy = "the services run on another machine", f"end them there, or remove {STATE} when they run no more"
+        raise FoldinError(Refusal("E_SERVER", what, str(config.home / "stack"), found=holder, remedy=remedy))
+    return None if wiring.is_dead(holder) else found
 
 
 def _services(config_file: Path, config: Config, folder: Path) -> tuple[Service, ...]:

@@ -100,15 +100,15 @@ async def _see_one_begin(client: "PrefectClient", deployment: UUID, run: UUID, k
         with suppress(HTTPError):  # Prefect is away: ask again
             try:
                 state = (await client.read_flow_run(run)).state
-            except ObjectNotFound:
+                if state is None or state.is_scheduled() or state.is_pending():
+                    continue
+                if not state.is_cancelled() or "concurrency limit" not in (state.message or ""):
+                    return
+                if not await _at_work(client, deployment):
+                    once = f"{key}, after {run}"
+                    run = (await client.create_flow_run_from_deployment(deployment, idempotency_key=once, tags=tags)).id
+            except ObjectNotFound:  # somebody removed the run, or the deployment
                 return
-            if state is None or state.is_scheduled() or state.is_pending():
-                continue
-            if not state.is_cancelled() or "concurrency limit" not in (state.message or ""):
-                return
-            if not await _at_work(client, deployment):
-                again = f"{key}, after {run}"
-                run = (await client.create_flow_run_from_deployment(deployment, idempotency_key=again, tags=tags)).id
 
 
 async def _at_work(client: "PrefectClient", deployment: UUID) -> bool:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from registry.ledger import Ledger
     from registry.mlflow_store import MlflowStore
 
-CODE_FORMAT = 5  # part of every merge key; raised when the same inputs would give other bytes
+CODE_FORMAT = 6  # part of every merge key; raised when the same inputs would give other bytes
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flows.admission import Admitted
+from flows.naming import listed
 from flows.options import LineConfig
 from flows.scoring import own_suites
 from flows.thinning import had_back
@@ -42,8 +43,8 @@ class Work(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of all experts, for people."""
-        return ", ".join(each.name for each in self.experts)
+        """Of the experts, for people."""
+        return listed([each.name for each in self.experts])
 
     def key(self, admitted: Admitted) -> str:
         """The merge's name, made of everything that decides its result."""

@@ -11,9 +11,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from registry.files import shown
+from registry.logins import without_logins
 from registry.records import FoldinError, Refusal
 
 MERGE_KEY = "foldin.merge_key"
+NAME_LIMIT = 250  # characters of a run's name; PostgreSQL takes no more
 TAG_LIMIT = 400  # characters; documents go into artifacts, short facts into tags
 
 NO_DENIAL = (
@@ -57,8 +59,8 @@ class Link:
                 Refusal(
                     code="E_MLFLOW",
                     what=what,
-                    where=f"MLflow at {_without_password(self.uri)}",
-                    found=shown(_without_password(str(error).strip().partition("\n")[0])),
+                    where=f"MLflow at {without_logins(self.uri)}",
+                    found=shown(without_logins(str(error).strip().partition("\n")[0])),
                     remedy=remedy,
                 )
             ) from error
@@ -107,8 +109,3 @@ def quoted(name: str) -> str:
 def short(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags that every database takes."""
     return {key: value[:TAG_LIMIT] for key, value in tags.items()}
-
-
-def _without_password(text: str) -> str:
-    """A text without the passwords of the URLs in it."""
-    return re.sub(r"(://[^/\s@:]*:)[^\s@]+@", r"\1***@", text)

@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from registry.files import write_atomic
-from registry.mlflow_link import MERGE_KEY, TAG_LIMIT, Link, missing, quoted, short
+from registry.mlflow_link import MERGE_KEY, NAME_LIMIT, TAG_LIMIT, Link, missing, quoted, short
 from registry.records import FoldinError, Refusal
 
 PARENT = "mlflow.parentRunId"
@@ -143,4 +143,5 @@ class Runs:
         with self._link.reached():
             wanted, oldest = f"tags.`{tag}` = '{value}'", ["attributes.start_time ASC"]
             found = client.search_runs([experiment], wanted, max_results=1, order_by=oldest)
-            return found[0] if found else client.create_run(experiment, run_name=name, tags=short({tag: value, **tags}))
+            named = {"run_name": name[:NAME_LIMIT], "tags": short({tag: value, **tags})}
+            return found[0] if found else client.create_run(experiment, **named)

@@ -1,22 +1,25 @@
 """Nightly: several experts in one pass, judged once; who is to blame ends up alone; what the morning hears."""
 
 import json
+import signal
 from datetime import datetime
 
 import pytest
 
 from experiments.plain_client import move_alias, register_expert
+from flows import merge, nightly
 from flows.batching import together
 from flows.blackout import blackout_at, window_of
 from flows.doctor import examine
-from flows.nightly import digest
+from flows.naming import listed
 from flows.options import LineConfig, SearchConfig
 from flows.reading import holders, log
 from flows.rebuilding import rebuild
+from flows.starting import start
 from flows.versions import STATE_FOLDER, open_version
 from flows.wiring import artifact_root, house, tracking_uri
 from registry.files import hash_tree
-from registry.records import FoldinError
+from registry.records import FoldinError, Refusal
 
 
 class Night:
@@ -35,9 +38,7 @@ class Night:
 
     def fold(self):
         """A nightly round."""
-        from flows.nightly import nightly
-
-        return nightly("tiny", str(self.toml))
+        return nightly.nightly("tiny", str(self.toml))
 
     def one_by_one(self):
         """A look, as by day."""
@@ -193,6 +194,67 @@ def test_the_same_task_and_the_same_weights_are_not_in_one_pass_and_damage_is_se
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(
+    "point",
+    [
+        ("registry.ledger", "Ledger.record_verdict", "after", 1),
+        ("registry.mlflow_store", "MlflowStore.publish", "after", 1),
+        ("flows.merge", "follow", "before", 1),
+    ],
+    ids=lambda point: point[1],
+)
+def test_a_night_that_was_killed_is_finished_with_the_same_version(night, zoo, forge, workshop, own_prefect, point):
+    line = night()
+    start(line.at, "tiny", line.at.config.line("tiny"))
+    for number in (1, 2, 3):
+        line.register(zoo / f"expert-{number}", f"task-{number}")
+    line.at.ledger.close()
+    _, ended = forge.life(workshop, signal.SIGKILL, point, ("nightly", "tiny"))
+    assert ended == -signal.SIGKILL
+    _, ended = forge.life(workshop, verb=("nightly", "tiny"))
+    assert ended == 0
+    assert (line.states, line.at.ledger.line("tiny").champion) == (["folded"] * 3, 2)
+    assert len(line.at.mlflow.versions("tiny")) == 2
+    assert len([each for each in line.at.ledger.merges("tiny") if each.also]) == 1
+    assert examine(line.at) == []
+
+
+@pytest.mark.integration
+def test_what_a_pass_has_no_room_for_is_tried_with_fewer(night, zoo, monkeypatch):
+    line, fold = night(), merge.fold
+
+    def small(scratch, settings, recipe, base, parent, experts, progress):
+        if len(experts) > 1:
+            raise FoldinError(Refusal("E_MEMORY", "there is too little memory for the tensor"))
+        return fold(scratch, settings, recipe, base, parent, experts, progress)
+
+    monkeypatch.setattr(merge, "fold", small)
+    for number in (1, 2):
+        line.register(zoo / f"expert-{number}", f"task-{number}")
+    assert [(each["state"], each["version"]) for each in line.fold()["outcomes"]] == [("folded", 2), ("folded", 3)]
+
+
+@pytest.mark.integration
+def test_a_night_that_fails_half_way_tells_what_was_done_and_fails(night, zoo, monkeypatch):
+    line, told = night(), []
+    folded = nightly.fold_all
+
+    def then_away(name, config_file, merge):
+        folded(name, config_file, merge)
+        raise FoldinError(Refusal("E_S3", "the store is away"))
+
+    monkeypatch.setattr(nightly, "fold_all", then_away)
+    monkeypatch.setattr(nightly, "send", lambda settings, subject, text: told.append((subject, text)))
+    line.register(zoo / "expert-1", "task-1")
+    with pytest.raises(FoldinError, match="E_S3 the store is away"):
+        line.fold()
+    ((subject, text),) = told
+    assert subject == "foldin: tiny: 1 folded; TROUBLE"
+    assert "tiny-experts v1 | folded | v2" in text
+    assert "the store is away" in text
+
+
+@pytest.mark.integration
 def test_a_champion_that_was_damaged_is_told_of_and_the_round_fails(night, zoo):
     line = night()
     line.register(zoo / "expert-1", "task-1")
@@ -233,6 +295,15 @@ def test_what_is_no_window(text):
         window_of(text)
 
 
+def test_many_names_are_cut_at_a_name():
+    names = [f"support-experts v{number}" for number in range(1, 33)]
+    told = listed(names)
+    assert told.startswith("support-experts v1, support-experts v2, ")
+    assert told.endswith("support-experts v8 and 24 more")
+    assert listed(names[:2]) == "support-experts v1, support-experts v2"
+    assert listed(["x" * 200, "y"]) == f"{'x' * 160} and 1 more"
+
+
 def test_lines_that_search_or_ask_for_each_expert_fold_one_at_a_time():
     line = {"base": "base", "experts": ("experts",), "batch": 5.0}
     assert together(LineConfig(**line)) == 5
@@ -244,7 +315,7 @@ def test_lines_that_search_or_ask_for_each_expert_fold_one_at_a_time():
 def test_the_digest_of_a_night_is_markdown_that_strangers_cannot_write_in():
     outcome = {"expert": "evil](http://x) | v1", "state": "rejected", "version": None, "reason": "<script>"}
     facts = {"line": "tiny", "champion": [2, 2], "outcomes": [outcome], "tasks": {"a|b": (None, 0.5)}, "waits": None}
-    text = digest({**facts, "collected": [], "trouble": ["E_BLOCKED *x*"]})
+    text = nightly.digest({**facts, "collected": [], "trouble": ["E_BLOCKED *x*"]})
     assert "The champion is v2, as before." in text
     assert "| evil\\]\\(http://x\\) \\| v1 | rejected |  | \\<script\\> |" in text
     assert "| a\\|b |  | 0.500 |" in text
