@@ -140,7 +140,7 @@ def test_both_pages_show_it(production):
         picture = production.folder / "mlflow.png"
         versions = look(f"{production.uri}/#/models/tiny", "Version 11", "@ champion", picture=picture)
         assert versions.index("Version 3\n") < versions.index("@ champion") < versions.index("Version 2\n")
-        runs = ("watch tiny", "nightly night", "night: next expert")
+        runs = ("watch tiny", "nightly night", "night: what waits")
         look(f"{pages}/runs", *runs, picture=picture.with_name("runs.png"))
         flows = ("approval", "nightly", "rollback", "watch")
         deployments = look(f"{pages}/deployments", *flows, picture=picture.with_name("deployments.png"))
