@@ -21,7 +21,7 @@ from flows.waking import make_run
 from flows.wiring import house
 from registry.records import FoldinError
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 PASSWORDS = {each: f"the password of {each}" for each in ("admin", "foldin", "team")}
 PREFECT = "people:the password of all"
 
@@ -137,7 +137,6 @@ def test_a_team_registers_experts_and_cannot_move_the_champion(started, toml, zo
         assert champion(started, "tiny") == 1
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_what_a_team_registers_is_folded_once_it_grants_that(started, toml, foldin, tmp_path):
     (tmp_path / "password").write_text(PASSWORDS["foldin"] + "\n")
