@@ -15,8 +15,9 @@ from mlflow.exceptions import MlflowException
 from experiments.plain_client import champion, move_alias, register_expert
 from flows.config import load
 from flows.environment import using_variables
-from flows.processes import HOST, Page, free_port, log_of, server_process, wait_for
-from flows.serve import LEAN, temporary_prefect
+from flows.processes import HOST, Page, Service, free_port, started
+from flows.serve import temporary_prefect
+from flows.stack import LEAN
 from flows.waking import make_run
 from flows.wiring import house
 from registry.records import FoldinError
@@ -49,8 +50,8 @@ def mlflow_with_logins(config):
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"],
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "signs the forms of its pages",
     }
-    with server_process(config, page, command, {**LEAN, **variables}) as server:
-        wait_for(page, server, log_of(config, page))
+    with started(Service(page, lambda: command, {**LEAN, **variables}), config.home) as server:
+        server.await_answer()
         yield page.url
 
 

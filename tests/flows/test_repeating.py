@@ -75,7 +75,7 @@ def test_what_lives_on_without_its_worker_is_left_alone(client, pool, dead):
     assert client.read_flow_run(run.id).state.is_running()
 
 
-@pytest.mark.parametrize("other", [holder(), "elsewhere:7:7"])
+@pytest.mark.parametrize("other", [holder(), "elsewhere:7:7"], ids=["here", "elsewhere"])
 def test_nothing_is_done_while_another_worker_may_be_at_work(client, pool, dead, other):
     client.send_worker_heartbeat(pool, other)
     run = begun(client, "nightly", dead[0])
