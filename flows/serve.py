@@ -197,6 +197,6 @@ def _check_answers(url: str) -> None:
 def _silent(url: str, error: Exception) -> Refusal:
     what, remedy = (
         "the Prefect API does not answer",
-        "start that server (`foldin up` again, if that died), or unset PREFECT_API_URL",
+        "start that server, such as with `foldin up`, or unset PREFECT_API_URL",
     )
     return Refusal("E_SERVER", what, url, found=str(error), remedy=remedy)

@@ -13,9 +13,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from experiments.plain_client import champion, move_alias, register_expert
+from flows import processes
 from flows.config import load
 from flows.environment import using_variables
-from flows.processes import HOST, Page, Service, free_port, started
+from flows.processes import HOST, Page, Service, free_port
 from flows.serve import temporary_prefect
 from flows.stack import LEAN
 from flows.waking import make_run
@@ -50,7 +51,7 @@ def mlflow_with_logins(config):
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"],
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "signs the forms of its pages",
     }
-    with started(Service(page, lambda: command, {**LEAN, **variables}), config.home) as server:
+    with processes.started(Service(page, lambda: command, {**LEAN, **variables}), config.home) as server:
         server.await_answer()
         yield page.url
 
