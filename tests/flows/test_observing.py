@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 import re
 import sys
 import threading
@@ -219,8 +220,17 @@ ERRORS = {
 }
 
 
+@pytest.fixture
+def restored():
+    """What a verb in this process does to the environment is undone."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.mark.parametrize("error", ERRORS)
-def test_no_secret_is_in_an_error_or_its_traceback(workshop, capsys, monkeypatch, error):
+def test_no_secret_is_in_an_error_or_its_traceback(workshop, capsys, monkeypatch, restored, error):
     for name, value in {**PLANTED, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -238,6 +248,9 @@ def test_no_secret_is_in_an_error_or_its_traceback(workshop, capsys, monkeypatch
 
 def test_no_secret_of_an_error_is_in_a_log_or_a_span(monkeypatch, caplog):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PLANTED["AWS_SECRET_ACCESS_KEY"])
+    for name in LOGGERS:
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])  # Prefect's refuses what is of no run
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     spans = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(Concealing(spans)))
