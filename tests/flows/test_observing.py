@@ -34,6 +34,7 @@ from registry.schema import metadata
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.chaos,  # three servers for one file
     pytest.mark.filterwarnings("ignore:.*psycopg.Connection:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:.*BaseConnection.__del__:pytest.PytestUnraisableExceptionWarning"),
 ]
