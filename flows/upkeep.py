@@ -93,8 +93,9 @@ def detach(config_file: Path, config: Config) -> None:
             say(f"Logs are in {log.parent}. `foldin down` ends all.")
             return
         time.sleep(0.2)
-    what, remedy = "the services did not start", "read the log, then run it again"
-    raise FoldinError(Refusal("E_SERVER", what, found=f"its words are in {log}", remedy=remedy))
+    what, remedy = "the services did not start", f"mend it, then run it again; {log} holds all that was said"
+    last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+    raise FoldinError(Refusal("E_SERVER", what, found=last.rstrip("."), remedy=remedy))
 
 
 def down(config: Config) -> bool:
@@ -196,10 +197,10 @@ def _check_none_runs(config: Config) -> None:
 def _check_registry(config_file: Path, config: Config) -> None:
     """Nothing, when the file names no registry, or the one that is started here."""
     named, here = config.registry.tracking_uri, f"http://{HOST}:{config.stack.mlflow_port:.0f}"
-    lines = (config.home / "ledger.db").exists()
+    lines = not named and wiring.has_lines(config)
     if named not in {"", here} or (not named and lines):
         what = "the file names another registry" if named else "the lines of this folder are in an embedded registry"
-        remedy = "start the services in a folder of their own"
+        remedy = "write a foldin.toml with the line into a folder of its own, and start them there; they begin the line"
         raise FoldinError(Refusal("E_CONFIG", what, str(config_file), "", "", here, named or "ledger.db", remedy))
 
 

@@ -75,6 +75,19 @@ def ledger_url(config: Config) -> str:
     return config.registry.ledger_url or f"sqlite:///{config.home / 'ledger.db'}"
 
 
+def has_lines(config: Config) -> bool:
+    """Whether a line was started in the embedded ledger of a folder."""
+    from registry.ledger import Ledger
+
+    if not (config.home / "ledger.db").exists():
+        return False
+    ledger = Ledger(ledger_url(config))
+    try:
+        return bool(ledger.lines())
+    finally:
+        ledger.close()
+
+
 def tracking_uri(config: Config) -> str:
     """Where MLflow is."""
     if config.registry.tracking_uri:

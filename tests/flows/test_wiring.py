@@ -11,7 +11,7 @@ import pytest
 from flows import wiring
 from flows.config import load
 from flows.environment import (
-    SECRETS,
+    LOGINS,
     child_environment,
     prefect_api_url,
     prefect_authorization,
@@ -144,10 +144,10 @@ def test_whatever_changes_the_result_changes_the_name(other):
 def test_a_password_may_be_in_a_file_and_one_that_is_set_stays(environment, monkeypatch, tmp_path):
     (tmp_path / "password").write_text("from the file\n")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "set")
-    for key in SECRETS:
+    for key in LOGINS:
         monkeypatch.setenv(f"{key}_FILE", str(tmp_path / "password"))
     prepare_environment(load(tmp_path / "foldin.toml", new=True))
-    assert [os.environ[key] for key in SECRETS] == ["from the file", "set", "from the file"]
+    assert [os.environ[key] for key in LOGINS] == ["from the file", "set", "from the file"]
 
 
 def test_the_login_of_a_prefect_that_is_started_here_is_sent_to_no_other(environment, monkeypatch, tmp_path):
