@@ -169,16 +169,17 @@ def test_a_form_is_made_only_where_its_answer_would_count(room):
 
     def forms():
         with get_client(sync_client=True) as client:
-            found = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["approval"])))
-        return len([run for run in found if run.parameters.get("config_file") == str(room.toml)])
+            return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["approval"])))
 
-    before = forms()
+    with get_client(sync_client=True) as client:  # there is one form a version, and other tests' versions are the same
+        for run in forms():
+            client.delete_flow_run(run.id)
     room.access(approve=[ME])
     present(room.at, "tiny")
-    assert forms() == before
+    assert forms() == []
     room.access(approve=[ME, "anyone@prefect"])
     present(room.at, "tiny")
-    assert forms() == before + 1
+    assert [run.parameters["config_file"] for run in forms()] == [str(room.toml)]
 
 
 def test_a_moved_alias_waits_for_somebody_who_is_named(room):

@@ -119,7 +119,7 @@ def test_what_is_scheduled_runs_and_what_is_asked_for_runs_and_nothing_stays(wor
     # By module, so that no folder of ours gets onto the path of a run.
     assert {name: each["entrypoint"] for name, each in found.items() if name.endswith("tiny")} == {
         "watch/tiny": "flows.watch.watch",
-        "nightly/tiny": "flows.watch.nightly",
+        "nightly/tiny": "flows.nightly.nightly",
         "rollback/tiny": "flows.rollback.rollback",
         "approval/tiny": "flows.approval.approval",
     }
