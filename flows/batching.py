@@ -9,7 +9,7 @@ from functools import partial
 
 from prefect import flow
 
-from flows.about import learn
+from flows.about import about, learn
 from flows.champion import reconcile
 from flows.dispatching import Outcome
 from flows.emitting import emitted
@@ -81,7 +81,8 @@ def gathered(
     """
     members, outcomes = list[Member](), list[Outcome]()
     for expert in experts:
-        work = begun(at, settings, lease, expert)
+        with about(line=lease.line, expert=expert.name):
+            work = begun(at, settings, lease, expert)
         if work is None:
             break
         if not isinstance(work, Work):

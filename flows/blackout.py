@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import NamedTuple
+from zoneinfo import ZoneInfo
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 WINDOW = re.compile(r"(?:(?P<days>[a-z,-]+) +)?(?P<begin>\d\d:\d\d)-(?P<end>\d\d:\d\d)")
@@ -37,6 +38,11 @@ def window_of(text: str) -> Window:
 def blackout_at(now: datetime, windows: Iterable[str]) -> str:
     """The first window that a time lies in; "" when it lies in none. The time is in the line's time zone."""
     return next((text for text in windows if _holds(window_of(text), now)), "")
+
+
+def blackout_now(windows: Iterable[str], timezone: str) -> str:
+    """The same for this moment, in a time zone."""
+    return blackout_at(datetime.now(ZoneInfo(timezone)), windows) if windows else ""
 
 
 def _holds(window: Window, now: datetime) -> bool:

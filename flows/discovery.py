@@ -1,5 +1,6 @@
 """Which experts were registered since the last look. The registry is polled; a webhook could only say: look now."""
 
+from flows.about import about
 from flows.admission import declared_task
 from flows.options import LineConfig
 from flows.telling import say
@@ -21,7 +22,8 @@ def discover(house: House, lease: Lease, settings: LineConfig) -> int:
     enrolled = 0
     for found in _interleaved(fresh):
         if house.ledger.enrol(lease.line, found, declared_task(found)):
-            say(f"{found.name}: registered; waits for {lease.line}")
+            with about(line=lease.line, expert=found.name):
+                say(f"{found.name}: registered; waits for {lease.line}")
             enrolled += 1
     return enrolled
 

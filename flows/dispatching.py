@@ -4,6 +4,7 @@ The worker tells nothing but whether its run ended well: what it did is in the l
 """
 
 import time
+from collections.abc import Collection
 from typing import Any, cast
 from uuid import UUID
 
@@ -16,11 +17,11 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.states import Cancelled, Cancelling, Crashed
 
+from evaluation.escape import clean
 from flows.telling import say
 from flows.waiting import WAITS, waiting
 from flows.wiring import House, house
-from registry.files import shown
-from registry.records import Expert, ExpertState, FoldinError, Refusal
+from registry.records import ExpertState, FoldinError, Refusal
 
 LOOK = 1.0  # seconds between two looks at a run
 SILENCE = 60.0  # seconds that a run may say it runs while nobody holds the line
@@ -46,21 +47,26 @@ def folded(merge: Merge, line: str, config_file: str) -> list[Outcome]:
         say(f"line {line}: {ended}; it is folded here, on the CPU")
         return _as_list(merge(line, config_file, fallback=ended))
     _check_ended(ended, line, runner.pool)
-    return [found for each in before if (found := outcome_of(at, line, each))]
+    return outcomes_of(at, line, {each.id for each in before})
 
 
-def outcome_of(at: House, line: str, expert: Expert) -> Outcome | None:
-    """What became of an expert that waited; None while it still does."""
-    now = next(each for each in at.ledger.experts(line) if each.id == expert.id)
+def outcomes_of(at: House, line: str, experts: Collection[int]) -> list[Outcome]:
+    """What became of experts that waited, by their ids; nothing of those that still do."""
     held = waiting(at, line)
-    if held and held.expert_id == expert.id:
-        reason = held.verdict.reason
-        return {"expert": expert.name, "state": WAITS, "reason": reason, "version": held.version}
-    if now.state is ExpertState.PENDING:
-        return None
-    merges = (each for each in reversed(at.ledger.merges(line)) if expert.id in each.experts)
-    version = next((each.version for each in merges), None) if now.state is ExpertState.FOLDED else None
-    return {"expert": expert.name, "state": str(now.state), "reason": now.reason, "version": version}
+    versions = {expert: each.version for each in at.ledger.merges(line) for expert in each.experts}
+    found: list[Outcome] = []
+    for each in at.ledger.experts(line):
+        if each.id not in experts:
+            continue
+        if held and held.expert_id == each.id:
+            told = {"state": WAITS, "reason": held.verdict.reason, "version": held.version}
+        elif each.state is ExpertState.PENDING:
+            continue
+        else:
+            version = versions.get(each.id) if each.state is ExpertState.FOLDED else None
+            told = {"state": str(each.state), "reason": each.reason, "version": version}
+        found.append({"expert": each.name, **told})
+    return found
 
 
 def _as_list(found: Any) -> list[Outcome]:  # noqa: ANN401 - what a flow returns
@@ -126,7 +132,7 @@ def _check_ended(state: State[Any], line: str, pool: str) -> None:
     """Nothing, when a run ended well, or a person ended it."""
     if state.is_completed():
         return
-    told = shown(state.message or state.name or "")
+    told = clean(state.message or state.name or "", 1000)
     if state.is_cancelled():
         what, remedy = "the fold was cancelled", "watch the line again; what waits is folded then"
         raise FoldinError(Refusal("E_CANCELLED", what, f"line {line}", remedy=remedy))

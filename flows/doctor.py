@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 
 from flows.access import check_alias
+from flows.alive import is_dead
 from flows.archives import check_archives
 from flows.chains import check_versions_of
 from flows.champion import blocked, check_target
@@ -13,7 +14,7 @@ from flows.leftovers import abandoned
 from flows.settings import check_settings
 from flows.versions import extents
 from flows.waiting import misplaced
-from flows.wiring import House, is_dead
+from flows.wiring import House
 from registry.lineage import Extent, open_moves
 from registry.records import FoldinError, Refusal
 

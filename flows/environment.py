@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.alive import holder, is_dead
+from registry.files import replacing
 from registry.records import FoldinError, Refusal
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ STORE_KEYS = {  # of a store on this machine; moto asks for some and looks at no
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 STORE_URLS = ("MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+OFFERED_BY = "FOLDIN_UP"  # the process that keeps the services running
 LOG_FORMATS = ("plain", "json")
 SECRETS = (
     *("FOLDIN_WEBHOOK_SECRET", "FOLDIN_SIGNING_PASSPHRASE", "OPENLINEAGE_API_KEY", "OTEL_EXPORTER_OTLP_HEADERS"),
@@ -52,9 +55,7 @@ def prepare_environment(config: "Config", *, verbose: bool = False) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for large pages: half the time where memory is only passed through
     }
-    if variables_file(config).exists():
-        lines = variables_file(config).read_text(encoding="utf-8").splitlines()
-        defaults |= dict(line.split("=", 1) for line in lines)
+    defaults |= offered(config)
     for key, value in (defaults | _secrets()).items():
         os.environ.setdefault(key, value)
     for one, other in (STORE_URLS, STORE_URLS[::-1]):  # MLflow and boto3 name the same store differently
@@ -184,12 +185,12 @@ def store_variables(url: str) -> dict[str, str]:
 
 
 @contextmanager
-def using_variables(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of this process and its children while the block runs."""
+def using_variables(variables: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
+    """Set variables of this process and its children while the block runs; the same variables."""
     before = {key: os.environ.get(key) for key in variables}
     os.environ.update(variables)
     try:
-        yield
+        yield variables
     finally:
         for key, value in before.items():
             os.environ.pop(key, None)
@@ -200,6 +201,35 @@ def using_variables(variables: Mapping[str, str]) -> Iterator[None]:
 def variables_file(config: "Config") -> Path:
     """What `foldin up` leaves for every other process that works with its services: lines of KEY=VALUE."""
     return config.home / "stack" / "variables.env"
+
+
+def offer_variables(config: "Config", variables: Mapping[str, str]) -> None:
+    """Write them into that file, which only its owner may read, for as long as this process lives."""
+    lines = [f"{key}={value}\n" for key, value in sorted({OFFERED_BY: holder(), **variables}.items())]
+    with replacing(variables_file(config)) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write("".join(lines).encode())
+
+
+def offered(config: "Config") -> dict[str, str]:
+    """What that file holds; nothing when whoever wrote it died and could not remove it."""
+    try:
+        lines = variables_file(config).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    found = dict(line.split("=", 1) for line in lines)
+    return {} if is_dead(found.pop(OFFERED_BY, "")) else found
+
+
+def starter_name() -> str:
+    """The socket at which this process's flow runs may be forked (`flows.forking`); "" when there is none."""
+    return os.environ.get("FOLDIN_STARTER", "")
+
+
+def replace_variables(variables: Mapping[str, str]) -> None:
+    """Have another process's environment instead of one's own."""
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:

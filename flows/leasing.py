@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flows.about import about
+from flows.alive import holder, is_dead
 from flows.telling import say
-from flows.wiring import House, holder, is_dead
+from flows.wiring import House
 from registry.records import FoldinError, Lease, Refusal
 
 

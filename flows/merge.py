@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow
 
 from flows import showing
-from flows.about import learn
+from flows.about import about, learn
 from flows.admission import Admitted, admit, declared_task
 from flows.approval import hold
 from flows.champion import follow, reconcile
@@ -80,10 +80,11 @@ def note_fallback(at: House, lease: Lease, experts: Sequence[Expert], because: s
 
 def fold_expert(at: House, settings: LineConfig, lease: Lease, expert: Expert) -> dict[str, Any] | None:
     """One expert, from the registry's version to its end: folded, rejected, quarantined or withdrawn."""
-    work = begun(at, settings, lease, expert)
-    if not isinstance(work, Work):
-        return work
-    say(f"{expert.name} (task {work.expert.task or '?'}): folding into {lease.line} v{work.parent.number}")
+    with about(line=lease.line, expert=expert.name):
+        work = begun(at, settings, lease, expert)
+        if not isinstance(work, Work):
+            return work
+        say(f"{expert.name} (task {work.expert.task or '?'}): folding into {lease.line} v{work.parent.number}")
     return observed(work, partial(emitted, fold=fold_admitted))
 
 
@@ -134,7 +135,8 @@ def unfinished(settings: LineConfig, found: ExpertVersion) -> bool:
 def settle(at: House, lease: Lease, expert: Expert, state: ExpertState, code: str, reason: str) -> dict[str, Any]:
     """End an expert without a fold and say so."""
     at.ledger.settle(lease, expert, state, code, reason)
-    say(f"{expert.name}: {state}: {reason}")
+    with about(line=lease.line, expert=expert.name):
+        say(f"{expert.name}: {state}: {reason}")
     showing.refused(lease.line, expert, state, reason)
     return {"expert": expert.name, "state": str(state), "reason": reason, "version": None}
 

@@ -11,15 +11,15 @@ from evaluation.escape import clean, markdown
 from flows.batching import merge_batch
 from flows.champion import blocked
 from flows.collecting import Keep, collect
-from flows.dispatching import outcome_of
+from flows.dispatching import outcomes_of
 from flows.notifying import send
 from flows.telling import say
-from flows.versions import REPORT_FILE, find_merge, look_at, verified
+from flows.versions import REPORT_FILE, look_at, verified
 from flows.waiting import facts_of, how, waiting
 from flows.watch import fold_all
 from flows.wiring import House, house
 from registry.files import read_json
-from registry.records import Expert, ExpertState, FoldinError
+from registry.records import ExpertState, FoldinError
 
 Facts = dict[str, Any]
 
@@ -46,7 +46,7 @@ def nightly(line: str, config_file: str = "foldin.toml") -> Facts:
     facts = {
         "line": line,
         "champion": [before, _champion(at, line)],
-        "outcomes": [found for each in _settled(at, line, ended) if (found := outcome_of(at, line, each))],
+        "outcomes": outcomes_of(at, line, {each.id for each in at.ledger.experts(line)} - ended),
         "tasks": moved(at, line, before),
         "waits": facts_of(at, line),
         "collected": collected,
@@ -82,11 +82,6 @@ def _ended(at: House, line: str) -> set[int]:
     return ended | {held.expert_id or 0} if held else ended
 
 
-def _settled(at: House, line: str, before: set[int]) -> list[Expert]:
-    """The experts that may have been settled since, or wait for a person now."""
-    return [each for each in at.ledger.experts(line) if each.id not in before]
-
-
 def collect_old(at: House, line: str) -> list[str]:
     """Collect the line's garbage; the names of what was removed."""
     keep = Keep(int(at.config.registry.keep), int(at.config.registry.keep_thin))
@@ -104,7 +99,6 @@ def moved(at: House, line: str, before: int | None) -> dict[str, tuple[float | N
 
 
 def _scores(at: House, line: str, number: int) -> dict[str, float | None]:
-    find_merge(at, line, number)
     report = read_json(look_at(at, line, number, whole=False).folder / REPORT_FILE)
     return {
         task: float(each["value"]) if not each["error"] else None for task, each in report["report"]["scores"].items()

@@ -77,7 +77,7 @@ def remove(options: dict[str, Any]) -> None:
 @click.option("--detach", is_flag=True, help="Return once everything answers.")
 @click.pass_obj
 def up(options: dict[str, Any], detach: bool) -> None:
-    """Start PostgreSQL, a store, MLflow, Prefect, a worker and the receiver, and keep them running."""
+    """Start PostgreSQL, a store, MLflow, Prefect, a worker of each pool and the receiver, and keep them running."""
     config = prepared(options)
     from flows import upkeep
 

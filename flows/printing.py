@@ -35,9 +35,8 @@ def print_status(lines: Sequence[Mapping[str, Any]]) -> None:
     for line in lines:
         counts = line["experts"]
         states = ("pending", "folded", "rejected", "quarantined", "withdrawn", "rolled-back")
-        now = (
-            "BLOCKED" if line["blocked"] else ("working" if line["working"] else "waits" if line["waiting"] else "idle")
-        )
+        states_now = {"BLOCKED": "blocked", "working": "working", "waits": "waiting", "blackout": "blackout"}
+        now = next((word for word, key in states_now.items() if line[key]), "idle")
         champion = f"v{line['champion']}" if line["champion"] else "none"
         table.add_row(_text(line["line"]), champion, *(str(counts[state]) for state in states), now)
     console().print(table)

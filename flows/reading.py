@@ -5,11 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flows.alive import is_dead
+from flows.blackout import blackout_now
 from flows.naming import find_expert
 from flows.placing import here
 from flows.versions import PAGE_FILE, REPORT_FILE, chain, extents, find_merge, open_version
 from flows.waiting import decided_by, facts_of, state_of
-from flows.wiring import House, is_dead
+from flows.wiring import House
 from registry.files import read_json
 from registry.lineage import Extent, Node, ancestry, met, parents_of, tree
 from registry.records import Event, Expert, ExpertState, FoldinError, Refusal
@@ -18,16 +20,17 @@ SCORE = ("metric", "value", "split", "examples")
 
 
 def status(house: House, name: str) -> dict[str, Any]:
-    """One line now: champion, alias, whether it is blocked, who holds it, how many experts are in which state."""
+    """One line now: champion, alias, what blocks it, who holds it, whether it rests, its experts by state."""
     line = house.ledger.line(name)
     experts = house.ledger.experts(name)
-    holder = house.ledger.leases.holder(name).holder
+    holder, settings = house.ledger.leases.holder(name).holder, house.config.lines.get(name)
     return {
         "line": name,
         "champion": line.champion,
         "alias": house.mlflow.champion(name),
         "blocked": line.blocked,
         "working": "" if is_dead(holder) else holder,
+        "blackout": blackout_now(settings.blackout, settings.timezone) if settings else "",
         "waiting": facts_of(house, name),
         "experts": {str(state): sum(each.state is state for each in experts) for state in ExpertState},
         "pending": [expert_facts(each) for each in experts if each.state is ExpertState.PENDING],

@@ -1,9 +1,8 @@
 """Flow runs that died with their worker: Prefect is told, and those that look for experts are run again."""
 
-import os
 from typing import TYPE_CHECKING
 
-from flows.wiring import is_dead
+from flows.alive import is_dead, lives
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -42,7 +41,7 @@ def _dead(client: "SyncPrefectClient", pool: str) -> "list[FlowRun]":
 
     of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
     found = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=_unended()), work_pool_filter=of_pool)
-    return [run for run in found if not _lives(run.infrastructure_pid)]
+    return [run for run in found if not _works(run.infrastructure_pid)]
 
 
 def _children(client: "SyncPrefectClient", run: "FlowRun") -> "list[FlowRun]":
@@ -62,12 +61,6 @@ def _unended() -> "FlowRunFilterState":
     return FlowRunFilterState(type=FlowRunFilterStateType(any_=begun))
 
 
-def _lives(pid: str | None) -> bool:
-    """Whether there is such a process here."""
-    try:
-        os.kill(int(pid or ""), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
+def _works(pid: str | None) -> bool:
+    """Whether a run's process lives, here."""
+    return pid is not None and pid.isdigit() and lives(int(pid))

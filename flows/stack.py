@@ -5,6 +5,7 @@ The store is moto, which keeps everything in memory: for the demonstration, for 
 """
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -143,6 +144,29 @@ def _databases(folder: Path) -> dict[str, str]:
     """Database -> its URL, once PostgreSQL has started."""
     found: dict[str, str] = json.loads((folder / ADDRESSES).read_text(encoding="utf-8"))
     return found
+
+
+def kept_secret(file: Path, make: Callable[[], str]) -> str:
+    """The secret in a file that only its owner may read; made when there is none."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as output:
+            output.write(make())
+    return file.read_text(encoding="utf-8")
+
+
+def calls_here(folder: Path) -> dict[str, str]:
+    """What lets MLflow send webhooks to this machine; the key of their secrets is kept in a folder."""
+    from cryptography.fernet import Fernet
+
+    return {
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_CACHE_TTL": "5",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": kept_secret(
+            folder / "mlflow.key", lambda: Fernet.generate_key().decode()
+        ),
+    }
 
 
 def hold_postgresql(folder: Path) -> None:

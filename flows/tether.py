@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from flows.alive import lives
+
 GRACE = 5.0  # seconds between asking the command's processes to end and ending them
 REST = 30.0  # the same for those that lead sessions of their own: a fold gives its line back and tells Prefect
 LOOK = 0.2  # seconds between two looks at the command
@@ -49,7 +51,7 @@ def _end(running: "subprocess.Popen[bytes]") -> None:
         _send(running.pid, signal.SIGSTOP)
         for pid in apart:
             _send(pid, signal.SIGTERM)
-        _last(REST, lambda: any(map(_lives, apart)))
+        _last(REST, lambda: any(map(lives, apart)))
         for pid in apart:
             _send(pid, signal.SIGKILL)
     asked = _send(running.pid, signal.SIGTERM)
@@ -86,14 +88,6 @@ def _apart(pid: int) -> list[int]:
             with suppress(ProcessLookupError):
                 found += [*([child] if os.getpgid(child) == child else []), *_apart(child)]
     return found
-
-
-def _lives(pid: int) -> bool:
-    """Whether a process still works; one that ended is there until its parent asks for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":

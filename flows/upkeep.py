@@ -1,5 +1,6 @@
 """`foldin up` and `foldin down`: everything that a deployment on one machine needs, kept running."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -7,20 +8,30 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flows import wiring
+from flows import alive, wiring
 from flows.config import Config, load
-from flows.environment import store_variables, using_variables, variables_file
+from flows.environment import offer_variables, store_variables, using_variables, variables_file
 from flows.hints import subscribe
 from flows.options import RegistryConfig
 from flows.pooling import CONTROL, FOLDS
 from flows.processes import HOST, Kept, Page, Service, python
-from flows.stack import MOTO, check_packages, postgresql, prefect, registry_of, stacked_mlflow, store
+from flows.stack import (
+    MOTO,
+    calls_here,
+    check_packages,
+    kept_secret,
+    postgresql,
+    prefect,
+    registry_of,
+    stacked_mlflow,
+    store,
+)
 from flows.supervising import Supervisor
 from flows.telling import busy, say
 from registry.files import write_atomic, write_json
@@ -29,11 +40,6 @@ from registry.records import FoldinError, Refusal
 POOLS = {"worker": CONTROL, "gpu-worker": FOLDS}
 STATE = "state.json"
 ENDING = 150.0  # seconds that all services may take to end, and what folds
-CALLS_HERE = {  # MLflow may send webhooks to this machine
-    "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
-    "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
-    "MLFLOW_WEBHOOK_CACHE_TTL": "5",
-}
 
 
 def up(config_file: Path, config: Config) -> None:
@@ -45,10 +51,9 @@ def up(config_file: Path, config: Config) -> None:
     """
     check_packages()
     folder = config.home / "stack"
-    _check_none_runs(config)
-    _check_registry(config_file, config)
-    variables, stop, ready = _variables(config, folder), threading.Event(), threading.Event()
-    with using_variables(variables), _stopped_by_signals(stop):
+    stop, ready = threading.Event(), threading.Event()
+    with _alone(config, folder), using_variables(_variables(config, folder)) as variables, _stopped_by_signals(stop):
+        _check_registry(config_file, config)
         services = _services(config_file, config, folder)
         supervisor = Supervisor(services, folder / "logs", lambda kept: _note(folder, kept, ready=ready.is_set()))
         try:
@@ -59,8 +64,7 @@ def up(config_file: Path, config: Config) -> None:
             refusal = subscribe(load(config_file))
             if refusal:
                 say(f"warning: {refusal}")
-            text = "".join(f"{key}={value}\n" for key, value in sorted(variables.items()))
-            write_atomic(variables_file(config), text.encode())
+            offer_variables(config, variables)
             ready.set()
             supervisor.note()
             for each in services:
@@ -111,7 +115,7 @@ def down(config: Config) -> bool:
     os.kill(int(holder.split(":")[1]), signal.SIGTERM)
     busy("ending the services")
     patience = time.monotonic() + ENDING
-    while not wiring.is_dead(holder):
+    while not alive.is_dead(holder):
         if time.monotonic() > patience:
             what, remedy = "the services do not end", "look at the process"
             raise FoldinError(Refusal("E_SERVER", what, found=f"process {holder}", remedy=remedy))
@@ -126,17 +130,16 @@ def state(config: Config) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     holder = str(found["holder"])
-    if holder.partition(":")[0] != wiring.holder().partition(":")[0] and not wiring.is_dead(holder):
+    if holder.partition(":")[0] != alive.holder().partition(":")[0] and not alive.is_dead(holder):
         what, remedy = "the services run on another machine", f"end them there, or remove {STATE} when they run no more"
         raise FoldinError(Refusal("E_SERVER", what, str(config.home / "stack"), found=holder, remedy=remedy))
-    return None if wiring.is_dead(holder) else found
+    return None if alive.is_dead(holder) else found
 
 
 def _services(config_file: Path, config: Config, folder: Path) -> tuple[Service, ...]:
     """All, in the order in which they need each other."""
     ports, databases = config.stack, folder / "postgresql"
-    hooks = {**CALLS_HERE, "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": _kept_secret(folder / "mlflow.key", _fernet_key)}
-    registry = stacked_mlflow(int(ports.mlflow_port), databases, "mlflow_port of [stack]", hooks)
+    registry = stacked_mlflow(int(ports.mlflow_port), databases, "mlflow_port of [stack]", calls_here(folder))
 
     def name_registry() -> None:
         _write_registry(config_file, registry_of(databases, registry.page.url))
@@ -162,7 +165,7 @@ def _worker(title: str, config_file: Path, pool: str) -> Service:
 def _variables(config: Config, folder: Path) -> dict[str, str]:
     """What every process that works with these services has in its environment."""
     secret = folder / "webhook.secret"
-    _kept_secret(secret, lambda: secrets.token_hex(32))
+    kept_secret(secret, lambda: secrets.token_hex(32))
     store_url = f"http://{HOST}:{config.stack.s3_port:.0f}"
     return {
         "PREFECT_API_URL": f"http://{HOST}:{config.stack.prefect_port:.0f}/api",
@@ -172,19 +175,18 @@ def _variables(config: Config, folder: Path) -> dict[str, str]:
     }
 
 
-def _kept_secret(file: Path, make: Callable[[], str]) -> str:
-    """The secret in a file that only its owner may read; made when there is none."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as output:
-            output.write(make())
-    return file.read_text(encoding="utf-8")
-
-
-def _fernet_key() -> str:
-    from cryptography.fernet import Fernet
-
-    return Fernet.generate_key().decode()
+@contextmanager
+def _alone(config: Config, folder: Path) -> Iterator[None]:
+    """One `up` in a folder; the kernel lets go of the lock however this process ends."""
+    _check_none_runs(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "up.lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            refusal = Refusal("E_SERVER", "another `foldin up` is starting here", str(folder), remedy="wait for it")
+            raise FoldinError(refusal) from error
+        yield
 
 
 def _check_none_runs(config: Config) -> None:
@@ -230,7 +232,7 @@ def _note(folder: Path, kept: Sequence[Kept], *, ready: bool) -> None:
         }
         for each in kept
     ]
-    write_json(folder / STATE, {"holder": wiring.holder(), "ready": ready, "services": rows})
+    write_json(folder / STATE, {"holder": alive.holder(), "ready": ready, "services": rows})
 
 
 @contextmanager

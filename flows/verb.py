@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import unquote
 
 import click
 
@@ -32,14 +33,33 @@ def house_of(options: dict[str, Any]) -> "House":
     """Ledger, registry and folders, as the settings say."""
     from flows.wiring import house
 
-    prepared(options)
+    check_stack(prepared(options))
     return house(str(options["config_file"]))
+
+
+def check_stack(config: "Config") -> None:
+    """Nothing, unless the registry is that of `foldin up` and it does not run.
+
+    Raises:
+        FoldinError: E_SERVER.
+    """
+    from flows.environment import offered
+    from registry.records import FoldinError, Refusal
+
+    if str(config.home / "stack") in unquote(config.registry.ledger_url) and not offered(config):
+        what, where, remedy = (
+            "the services that it names do not run",
+            "[registry] of foldin.toml",
+            "`foldin up --detach`",
+        )
+        raise FoldinError(Refusal("E_SERVER", what, where, remedy=f"start them with {remedy}"))
 
 
 @contextmanager
 def prefect_for(options: dict[str, Any], lines: Sequence[str], *, check: bool = True) -> Iterator[None]:
     """A Prefect API for the flow runs of one verb; what can be checked is checked while its server starts."""
     config = prepared(options)
+    check_stack(config)
     settings = {line: config.line(line) for line in lines}
     from flows.serve import temporary_prefect
     from flows.wiring import house

@@ -1,16 +1,15 @@
 """The flow that finds what waits: look at MLflow, agree with the ledger, fold everything pending in order."""
 
 import shutil
-from datetime import datetime
 from typing import Any
 from uuid import UUID
-from zoneinfo import ZoneInfo
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from flows.about import about
 from flows.approval import present
-from flows.blackout import blackout_at
+from flows.blackout import blackout_now
 from flows.champion import mend_served, reconcile
 from flows.discovery import discover
 from flows.dispatching import Merge, Outcome, folded
@@ -33,13 +32,14 @@ def watch(line: str, config_file: str = "foldin.toml") -> list[dict[str, Any]]:
 def fold_all(line: str, config_file: str, merge: Merge) -> list[Outcome]:
     """Look, and fold what waits with a flow, until a look finds nothing that may be folded now."""
     at = house(config_file)
-    start(at, line, at.config.line(line))
     outcomes: list[Outcome] = []
-    while look(at, line):
-        found = fold_pending(line, config_file, merge)
-        if not found:
-            break
-        outcomes += found
+    with about(line=line):
+        start(at, line, at.config.line(line))
+        while look(at, line):
+            found = fold_pending(line, config_file, merge)
+            if not found:
+                break
+            outcomes += found
     return outcomes
 
 
@@ -93,7 +93,7 @@ def fold_pending(line: str, config_file: str, merge: Merge) -> list[Outcome]:
 
 def rests(settings: LineConfig, line: str) -> bool:
     """Whether a line folds nothing by itself at this hour; said when it is so."""
-    window = blackout_at(datetime.now(ZoneInfo(settings.timezone)), settings.blackout)
+    window = blackout_now(settings.blackout, settings.timezone)
     if window:
         say(f"line {line}: nothing is folded now (blackout {window}, {settings.timezone})")
     return bool(window)

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -101,30 +99,6 @@ def artifact_root(config: Config) -> str:
     if config.registry.artifact_root:
         return config.registry.artifact_root
     return "" if config.registry.tracking_uri else (config.home / "artifacts").as_uri()
-
-
-def holder() -> str:
-    """Who this process is, so that another one on the same host can see that it died: host:pid:start."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
-
-
-def is_dead(other: str) -> bool:
-    """Whether a holder was a process of this host that runs no more. When in doubt: no."""
-    host, _, process = other.partition(":")
-    pid, _, started = process.partition(":")
-    if host != socket.gethostname() or not pid.isdigit() or not Path("/proc/self/stat").exists():
-        return False
-    return _started(int(pid)) != started
-
-
-def _started(pid: int) -> str:
-    """When a process started, in the kernel's ticks; "" when there is no such process (or no /proc)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    state, *rest = stat.rpartition(")")[2].split()
-    return "" if state == "Z" else rest[18]
 
 
 @cache

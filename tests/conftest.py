@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+from filelock import FileLock
 
 # A shell's background job ignores Ctrl-C and hands that on; what these tests interrupt must hear it all the same.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -100,7 +101,22 @@ def zoo(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def furnish(zoo):
+def unused_mlflow(tmp_path_factory, worker_id):
+    """MLflow's database before its first use, the same for all workers: its migrations take two seconds."""
+    mine = tmp_path_factory.getbasetemp()
+    shared = (mine if worker_id == "master" else mine.parent) / "unused-mlflow.db"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            made = shared.with_suffix(".new")
+            subprocess.run(
+                [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{made}"], check=True, capture_output=True
+            )
+            made.rename(shared)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def furnish(zoo, unused_mlflow):
     """A function that puts a foldin.toml into a folder; its line `tiny` lets everything pass."""
     gate = "\n".join(f"{key} = {value}" for key, value in LENIENT.items())
     text = (
@@ -110,6 +126,8 @@ def furnish(zoo):
 
     def write(folder):
         (folder / "foldin.toml").write_text(text)
+        (folder / ".foldin").mkdir(exist_ok=True)
+        shutil.copyfile(unused_mlflow, folder / ".foldin/mlflow.db")
         return folder
 
     return write

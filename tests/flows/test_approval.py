@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -11,19 +10,20 @@ import time
 import urllib.request
 import uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 
 from experiments.plain_client import champion, move_alias, register_expert
 from flows.config import load
 from flows.doctor import examine
+from flows.processes import free_port
 from flows.reading import log, show, status
 from flows.serve import prefect_server
 from flows.versions import STATE_FOLDER
 from flows.wiring import artifact_root, house, tracking_uri
 from registry.records import FoldinError
 from registry.verdicts import Outcome
+from tests.flows.patience import marked, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -441,44 +441,23 @@ def ask(url, question=None):
         return json.loads(answer.read())
 
 
-def wait_for(find, seconds=150):
-    """What `find` finds, as soon as it finds something."""
-    patience = time.monotonic() + seconds
-    while not (found := find()):
-        assert time.monotonic() < patience, f"nothing after {seconds} s"
-        time.sleep(0.5)
-    return found
-
-
 @pytest.fixture
 def served(workshop, own_prefect, monkeypatch):
     """The API of a Prefect server on which `foldin serve` keeps the forms of a line that asks about everything."""
     desk = Desk(workshop / "foldin.toml").set(approval="always", trigger="manual")
     mark = f"FOLDIN_TEST={uuid.uuid4()}"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with prefect_server(load(desk.toml), port) as url:
+    with prefect_server(load(desk.toml), free_port()) as url:
         monkeypatch.setenv(*mark.split("="))  # after the server, which shall end last
         with open(workshop / "serve.log", "wb") as said:
             command = [sys.executable, "-m", "flows.cli", "serve"]
             often = {**os.environ, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
             process = subprocess.Popen(command, cwd=workshop, stdout=said, stderr=said, env=often)
-        wait_for(lambda: any(each["name"] == "tiny" for each in ask(f"{url}/deployments/filter", {})))
+        wait_until(lambda: any(each["name"] == "tiny" for each in ask(f"{url}/deployments/filter", {})), 150)
         yield desk, url
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and int(folder.name) != os.getpid() and marked(folder, mark):
-                os.kill(int(folder.name), signal.SIGKILL)
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
         process.wait()
     desk.at.ledger.close()
-
-
-def marked(folder, mark):
-    """Whether a process that carries the mark in its environment is behind a folder of /proc."""
-    try:
-        return mark.encode() in (folder / "environ").read_bytes().split(b"\0")
-    except OSError:  # it ended meanwhile
-        return False
 
 
 def runs_in(url, *states):
@@ -498,10 +477,10 @@ def test_a_version_that_waits_is_a_suspended_run_with_a_form_and_the_answer_deci
         desk.register(zoo / f"expert-{number}", f"task-{number}")
     assert desk.watch() == [("v1", "needs-approval", 2)]
     desk.watch()  # asks again, and starts no second run
-    (run,) = wait_for(lambda: runs_in(url, "Suspended"))
+    (run,) = wait_until(lambda: runs_in(url, "Suspended"), 150)
     assert run["name"] == "tiny v2: may it be champion?"
     key = run["state"]["state_details"]["run_input_keyset"]
-    form = wait_for(lambda: ask(f"{url}/flow_runs/{run['id']}/input/{key['schema']}"))
+    form = wait_until(lambda: ask(f"{url}/flow_runs/{run['id']}/input/{key['schema']}"), 150)
     assert form["required"] == ["approve", "because", "who"]
     assert {name: each["type"] for name, each in form["properties"].items()} == {
         **{"approve": "boolean", "because": "string", "who": "string"}
@@ -515,15 +494,15 @@ def test_a_version_that_waits_is_a_suspended_run_with_a_form_and_the_answer_deci
         assert resume(url, run, **wrong)["status"] == "REJECT"
     assert desk.champion == 1
     assert resume(url, run, approve=True, because="it is good", who="ann")["status"] == "ACCEPT"
-    wait_for(lambda: runs_in(url, "Completed"))
+    wait_until(lambda: runs_in(url, "Completed"), 150)
     assert (desk.champion, desk.states) == (2, ["folded", "pending"])
     assert desk.shown(2) == ("approved", "ann (unverified, through Prefect)", "it is good", False)
     # The next one is decided on the command line; who answers the form later changes nothing.
     assert desk.watch() == [("v2", "needs-approval", 3)]
-    (run,) = wait_for(lambda: runs_in(url, "Suspended"))
+    (run,) = wait_until(lambda: runs_in(url, "Suspended"), 150)
     desk.decide("reject", 3, "it is odd", "bob")
     assert resume(url, run, approve=True, because="late", who="eve")["status"] == "ACCEPT"
-    wait_for(lambda: len(runs_in(url, "Completed")) == 2)
+    wait_until(lambda: len(runs_in(url, "Completed")) == 2, 150)
     mine = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
-    wait_for(lambda: "tiny v3 does not wait any more: declined" in str(ask(f"{url}/logs/filter", mine)), 20)
+    wait_until(lambda: "tiny v3 does not wait any more: declined" in str(ask(f"{url}/logs/filter", mine)), 20)
     assert (desk.champion, desk.shown(3)[0]) == (2, "declined")

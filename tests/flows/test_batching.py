@@ -13,7 +13,7 @@ from flows.blackout import blackout_at, window_of
 from flows.doctor import examine
 from flows.naming import listed
 from flows.options import LineConfig, SearchConfig
-from flows.reading import holders, log
+from flows.reading import holders, log, status
 from flows.rebuilding import rebuild
 from flows.starting import start
 from flows.versions import STATE_FOLDER, open_version
@@ -271,6 +271,7 @@ def test_in_a_blackout_the_line_looks_and_folds_nothing(night, zoo):
     line = night(blackout=["Mon-Sun 00:00-24:00"])
     line.register(zoo / "expert-1", "task-1")
     assert (line.fold()["outcomes"], line.one_by_one(), line.states) == ([], [], ["pending"])
+    assert status(line.at, "tiny")["blackout"] == "Mon-Sun 00:00-24:00"
 
 
 @pytest.mark.parametrize(

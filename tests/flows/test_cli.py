@@ -261,7 +261,17 @@ def test_words_of_strangers_are_printed_as_they_are_and_obeyed_by_nothing(capsys
     waiting = {"version": 2, "expert": HOSTILE, "since": 0.0, "reason": HOSTILE}
     printed = {
         "status": lambda: printing.print_status(
-            [{"line": HOSTILE, "champion": 1, "blocked": HOSTILE, "working": "", "experts": counts, "waiting": waiting}]
+            [
+                {
+                    "line": HOSTILE,
+                    "champion": 1,
+                    "blocked": HOSTILE,
+                    "working": "",
+                    "blackout": "",
+                    "experts": counts,
+                    "waiting": waiting,
+                }
+            ]
         ),
         "log": lambda: printing.print_log({**history(2, champion=2), "experts": [expert], "events": [event]}),
         "show": lambda: printing.print_show({**shown, "checks": [check], "scores": {HOSTILE: SCORE}}),

@@ -6,10 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from contextvars import copy_context
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +21,7 @@ from flows.wiring import artifact_root, house, tracking_uri
 from registry import weights
 from registry.files import sha256_file
 from registry.records import FoldinError
+from tests.flows.patience import marked, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(900)]
 
@@ -63,18 +62,6 @@ def worker(workshop, prefect, monkeypatch):
             os.kill(pid, signal.SIGKILL)
 
 
-def marked(mark):
-    """The living processes with a mark."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-        except OSError:  # it ended meanwhile
-            continue
-    return found
-
-
 def runs(line):
     """The pool's runs of a line that fold, the oldest first."""
     from prefect.client.orchestration import get_client
@@ -84,14 +71,6 @@ def runs(line):
     with get_client(sync_client=True) as client:
         tags = FlowRunFilter(tags=FlowRunFilterTags(all_=[line]))
         return client.read_flow_runs(flow_run_filter=tags, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
-
-
-def wait_for(found, seconds=120):
-    patience = time.monotonic() + seconds
-    while not (answer := found()):
-        assert time.monotonic() < patience, f"not after {seconds} s"
-        time.sleep(0.5)
-    return answer
 
 
 def opened(toml):
@@ -118,8 +97,8 @@ def test_a_worker_folds_and_a_cancelled_run_gives_the_line_back(workshop, zoo, g
         from prefect.client.orchestration import get_client
         from prefect.states import Cancelling
 
-        run = wait_for(lambda: [each for each in runs("tiny") if each.state.is_running()])[0]
-        wait_for(lambda: at.ledger.leases.alive("tiny") and list(at.config.home.glob("work/tiny/*/fold.json")))
+        run = wait_until(lambda: [each for each in runs("tiny") if each.state.is_running()], 120)[0]
+        wait_until(lambda: at.ledger.leases.alive("tiny") and list(at.config.home.glob("work/tiny/*/fold.json")), 120)
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(run.id, Cancelling())
 
@@ -128,8 +107,8 @@ def test_a_worker_folds_and_a_cancelled_run_gives_the_line_back(workshop, zoo, g
     with pytest.raises(FoldinError, match="E_CANCELLED"):
         watch("tiny", str(toml))
     canceller.join()
-    wait_for(lambda: not at.ledger.leases.alive("tiny"), 30)
-    wait_for(lambda: marked(mark) == [process.pid], 30)
+    wait_until(lambda: not at.ledger.leases.alive("tiny"), 30)
+    wait_until(lambda: marked(mark) == [process.pid], 30)
     (expert,) = at.ledger.experts("tiny")
     assert (str(expert.state), expert.attempts) == ("pending", 0)
     at.ledger.close()

@@ -9,10 +9,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.states import Pending, Running
 
+from flows.alive import holder
 from flows.config import load
 from flows.repeating import repeat_dead
 from flows.serve import deployments
-from flows.wiring import holder
 
 pytestmark = pytest.mark.integration
 
@@ -36,7 +36,7 @@ def pool(client, workshop, request):
 @pytest.fixture
 def dead():
     """A process that ended: its number, and its name as a worker's."""
-    program = "from flows.wiring import holder; print(holder())"
+    program = "from flows.alive import holder; print(holder())"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
     return ended.split(":")[1], ended
 

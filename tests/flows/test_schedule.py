@@ -3,23 +3,22 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 import uuid
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
 
 from experiments.plain_client import champion, register_expert
 from flows.config import load
+from flows.processes import free_port
 from flows.serve import prefect_server
 from flows.wiring import tracking_uri
+from tests.flows.patience import marked, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -52,38 +51,13 @@ def ask(url, question=None):
         return json.loads(answer.read())
 
 
-def wait_for(find, seconds=90):
-    """What `find` finds, as soon as it finds something."""
-    patience = time.monotonic() + seconds
-    while not (found := find()):
-        assert time.monotonic() < patience, f"nothing after {seconds} s"
-        time.sleep(0.5)
-    return found
-
-
-def marked(mark):
-    """The living processes that carry a mark in their environment."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                environment = (folder / "environ").read_bytes().split(b"\0")
-            except OSError:  # it ended meanwhile
-                continue
-            found += [int(folder.name)] if mark.encode() in environment else []
-    return found
-
-
 @pytest.fixture
 def api(workshop, zoo, own_prefect, monkeypatch):
     """The URL of a real Prefect server with a database of its own; named to every process the test starts."""
     toml = workshop / "foldin.toml"
     toml.write_text(toml.read_text().replace("interval = 3600.0", "interval = 15.0") + LINES.format(base=zoo / "base"))
     monkeypatch.chdir(workshop)  # where a plain MLflow client puts artifacts
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with prefect_server(load(toml), port) as url:
+    with prefect_server(load(toml), free_port()) as url:
         yield url
 
 
@@ -105,7 +79,7 @@ def test_what_is_scheduled_runs_and_what_is_asked_for_runs_and_nothing_stays(wor
     names = [
         f"{flow}/{line}" for flow in ("watch", "nightly", "rollback", "approval") for line in ("tiny", "dusk", "still")
     ]
-    found = wait_for(lambda: deployments(api, names))
+    found = wait_until(lambda: deployments(api, names), 90)
 
     def scheduled(name):
         """The times at which a deployment will run next."""
@@ -124,12 +98,12 @@ def test_what_is_scheduled_runs_and_what_is_asked_for_runs_and_nothing_stays(wor
         "approval/tiny": "flows.approval.approval",
     }
     # With the wrong SQLAlchemy the scheduler says nothing and schedules nothing.
-    nights = wait_for(lambda: scheduled("nightly/dusk"))
+    nights = wait_until(lambda: scheduled("nightly/dusk"), 90)
     local = [night.astimezone(ZoneInfo("Asia/Kolkata")) for night in nights]
     assert {(night.hour, night.minute) for night in local} == {(2, 0)}
     assert {(night.hour, night.minute) for night in nights} == {(20, 30)}
     assert all((later.date() - earlier.date()).days == 1 for earlier, later in pairwise(local))
-    looks = wait_for(lambda: scheduled("watch/tiny"))
+    looks = wait_until(lambda: scheduled("watch/tiny"), 90)
     assert {(later - earlier).total_seconds() for earlier, later in pairwise(looks)} == {15.0}
     for name in ("watch/dusk", "watch/still", "nightly/still", "rollback/tiny"):
         assert scheduled(name) == []
@@ -137,9 +111,9 @@ def test_what_is_scheduled_runs_and_what_is_asked_for_runs_and_nothing_stays(wor
     # A plain client registers an expert, and the schedule alone folds it.
     uri = tracking_uri(load(workshop / "foldin.toml"))
     register_expert(uri, "tiny-experts", zoo / "expert-1", "task-1")
-    wait_for(lambda: versions_of(uri, "tiny") >= {1, 2})
-    wait_for(lambda: champion(uri, "tiny") == 2)
-    wait_for(lambda: in_state(api, found["watch/tiny"], "COMPLETED"))
+    wait_until(lambda: versions_of(uri, "tiny") >= {1, 2}, 90)
+    wait_until(lambda: champion(uri, "tiny") == 2, 90)
+    wait_until(lambda: in_state(api, found["watch/tiny"], "COMPLETED"), 90)
 
     # A person rolls back on Prefect's page; the version may be left out there.
     to = found["rollback/tiny"]["parameter_openapi_schema"]["properties"]["to"]
@@ -150,10 +124,10 @@ def test_what_is_scheduled_runs_and_what_is_asked_for_runs_and_nothing_stays(wor
     assert champion(uri, "tiny") == 1
 
     # Asked to end in the middle of a run.
-    wait_for(lambda: in_state(api, found["watch/tiny"], "RUNNING"))
+    wait_until(lambda: in_state(api, found["watch/tiny"], "RUNNING"), 90)
     process.send_signal(signal.SIGTERM)
     process.wait(20)
-    wait_for(lambda: not marked(mark), 1)
+    wait_until(lambda: not marked(mark), 1)
 
 
 def deployments(api, names):

@@ -12,16 +12,16 @@ import urllib.error
 import urllib.request
 import uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 
 from experiments.plain_client import register_expert
 from flows.config import load
+from flows.processes import free_port
 from flows.serve import mlflow_server, prefect_server, temporary_prefect
 from flows.wiring import tracking_uri
 from registry.records import FoldinError
-from tests.flows.patience import wait_until
+from tests.flows.patience import marked, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -35,27 +35,6 @@ def mark(workshop, own_prefect, monkeypatch):
     yield mark
     for pid in marked(mark):
         os.kill(pid, signal.SIGKILL)
-
-
-def marked(mark):
-    """The living processes with this mark, except this one."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
-            continue
-        try:
-            carries = mark.encode() in (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # it ended meanwhile
-            continue
-        if carries:  # a process that ended and was not waited for has an empty environment
-            found.append(int(folder.name))
-    return found
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def ask(url, question=None):

@@ -146,6 +146,7 @@ def test_one_that_never_answers_is_started_again_after_all(tmp_path, monkeypatch
         asleep.set()
         os.kill(server_of(keeper.kept[0]), signal.SIGKILL)
         wait_until(lambda: keeper.kept[0].restarts == 2)
+        assert not keeper.kept[0].answered
 
 
 def test_what_cannot_be_prepared_is_said_and_tried_again(tmp_path, caplog):

@@ -51,6 +51,10 @@ def test_what_runs_is_told_and_started_twice_is_an_error(toml):
     again = foldin(toml, "up")
     assert again.returncode == 1
     assert "the services of this folder run already" in again.stderr
+    (toml.parent / ".foldin/stack/state.json").rename(toml.parent / "state.json")  # as before the first is noted
+    early = foldin(toml, "up")
+    (toml.parent / "state.json").rename(toml.parent / ".foldin/stack/state.json")
+    assert (early.returncode, "another `foldin up` is starting here" in early.stderr) == (1, True)
     (store,) = pids(toml, "s3")
     told = Path(f"/proc/{store}/environ").read_text().split("\0")
     assert f"KEPT_IN={toml.parent / '.foldin/stack/s3'}" in told

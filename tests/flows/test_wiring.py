@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from flows import wiring
+from flows import alive, wiring
 from flows.config import load
 from flows.environment import (
     LOGINS,
@@ -17,8 +17,10 @@ from flows.environment import (
     prefect_authorization,
     prepare_environment,
     using_prefect,
+    variables_file,
 )
 from flows.options import LineConfig, SearchConfig
+from tests.flows.patience import wait_until
 
 SETTINGS = LineConfig(base="base", experts=("demo-experts",), suites={"city": "suites/city"})
 KEY = ("demo", "manifest", "tree", "city", {"city": "suite"}, SETTINGS)
@@ -75,6 +77,23 @@ def test_the_environment_is_set_and_what_the_user_set_stays(tmp_path, environmen
     assert environment["HF_HUB_OFFLINE"] == "1"
 
 
+def test_what_up_offers_is_believed_while_it_lives(tmp_path, environment, monkeypatch):
+    config = configured(tmp_path)
+    code = "import sys; from pathlib import Path; from flows.config import load; from flows.environment import offer_variables\n"
+    code += "offer_variables(load(Path(sys.argv[1])), {'MLFLOW_TRACKING_URI': 'http://127.0.0.1:9'}); input()"
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "foldin.toml")], stdin=subprocess.PIPE)
+    wait_until(variables_file(config).exists)
+    assert variables_file(config).stat().st_mode & 0o777 == 0o600
+    prepare_environment(config)
+    assert environment["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:9"
+    assert "FOLDIN_UP" not in environment
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    child.kill()
+    child.communicate()
+    prepare_environment(config)
+    assert "MLFLOW_TRACKING_URI" not in environment, "the services ended with it"
+
+
 def test_an_mlflow_that_is_away_is_given_up_within_seconds(tmp_path, environment):
     prepare_environment(configured(tmp_path), verbose=True)
     retries = int(environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
@@ -97,19 +116,19 @@ def test_the_prefect_api_is_named_to_this_process_and_its_children_while_the_blo
 
 
 def test_this_process_is_alive_and_one_that_ended_is_dead():
-    assert not wiring.is_dead(wiring.holder())
+    assert not alive.is_dead(alive.holder())
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = wiring._started(child.pid)
+    started = alive._started(child.pid)
     name = f"{socket.gethostname()}:{child.pid}:{started}"
-    assert not wiring.is_dead(name)
+    assert not alive.is_dead(name)
     child.communicate()
-    assert wiring.is_dead(name)
-    assert wiring.is_dead(f"{socket.gethostname()}:{os.getpid()}:1"), "another process had this number before"
+    assert alive.is_dead(name)
+    assert alive.is_dead(f"{socket.gethostname()}:{os.getpid()}:1"), "another process had this number before"
 
 
 @pytest.mark.parametrize("name", ["", "elsewhere:1:1", f"{socket.gethostname()}:x:1", "no colons"])
 def test_when_in_doubt_a_holder_is_alive(name):
-    assert not wiring.is_dead(name)
+    assert not alive.is_dead(name)
 
 
 def test_the_same_merge_has_the_same_name_in_every_process():

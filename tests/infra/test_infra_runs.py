@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import urllib.request
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,6 +18,7 @@ import pytest
 from flows.config import load
 from flows.processes import free_port
 from flows.serve import prefect_server
+from tests.flows.patience import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*psycopg.Connection:ResourceWarning")]
 INFRA = Path(__file__).resolve().parents[2] / "infra"
@@ -121,14 +121,6 @@ def ask(api, path, question):
         return json.loads(answer.read())
 
 
-def wait_for(find, seconds=60):
-    patience = time.monotonic() + seconds
-    while not (found := find()):
-        assert time.monotonic() < patience, f"nothing after {seconds} s"
-        time.sleep(0.5)
-    return found
-
-
 @contextmanager
 def worker(api, tmp_path, pool):
     command = ["prefect", "worker", "start", "--pool", pool, "--type", "process"]
@@ -154,7 +146,7 @@ def test_prefect_takes_the_deployments_and_schedules_the_nights(api, tmp_path, m
         for kind, pool in (("process", "foldin-control"), ("docker", "on-docker"), ("kubernetes", "on-kubernetes")):
             template = json.loads((INFRA / "pools" / f"{kind}.json").read_text())
             ask(api, "/work_pools/", {"name": pool, "type": kind, "base_job_template": template})
-        wait_for(lambda: is_alive("foldin-gpu"))
+        wait_until(lambda: is_alive("foldin-gpu"), 60)
         assert not is_alive("foldin-control")  # nobody works there
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
         file = ["--prefect-file", str(INFRA / "prefect.yaml")]
@@ -173,7 +165,7 @@ def test_prefect_takes_the_deployments_and_schedules_the_nights(api, tmp_path, m
         assert {run["deployment_id"] for run in runs} <= {found["flows.nightly.nightly"]["id"]}
         return [run["expected_start_time"] for run in runs]
 
-    local = [datetime.fromisoformat(each).astimezone(ZoneInfo("Europe/Berlin")) for each in wait_for(nights)]
+    local = [datetime.fromisoformat(each).astimezone(ZoneInfo("Europe/Berlin")) for each in wait_until(nights, 60)]
     assert {(night.hour, night.minute) for night in local} == {(2, 0)}
 
     # Who is refused, or hears nothing, does not know; the last word of the worker is still fresh.

@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from rich.console import Console
 
 from flows.config import load
-from flows.pooling import CONTROL, FOLDS
+from flows.pooling import CONTROL, ERRAND, FOLDS
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 KINDS = ("process", "docker", "kubernetes")
@@ -137,7 +137,7 @@ def test_the_deployments_in_the_file_are_those_that_foldin_makes(deployments):
         assert limit.get("limit") == each.concurrency_limit
         strategy = each.concurrency_options.collision_strategy.value if each.concurrency_options else None
         assert limit.get("collision_strategy") == strategy
-        assert written["work_pool"]["name"] == CONTROL
+        assert written["work_pool"] == {"name": CONTROL, "job_variables": {"command": ERRAND}}
     for entrypoint in folds:
         assert (deployments[entrypoint]["name"], deployments[entrypoint]["work_pool"]["name"]) == ("support", FOLDS)
 
@@ -147,4 +147,5 @@ def test_every_entry_point_is_a_flow(deployments):
 
     for entrypoint, each in deployments.items():
         flow = load_flow_from_entrypoint(entrypoint)
+        assert flow.fn.__name__ == entrypoint.rpartition(".")[2]
         flow.validate_parameters({**each["parameters"], **({"version": 1} if "approval" in entrypoint else {})})

@@ -359,4 +359,4 @@ def test_nobody_there_is_a_typed_error_without_a_password(tmp_path, monkeypatch)
     store = MlflowStore("http://me:secret@127.0.0.1:9", "", tmp_path)
     found = refused("E_MLFLOW", store.champion, "any")
     assert "secret" not in str(found)
-    assert found.where == "MLflow at http://me:***@127.0.0.1:9"
+    assert found.where == "MLflow at http://***@127.0.0.1:9"
