@@ -21,7 +21,10 @@ from flows.errand import GO, STATUS, Errand, is_ours, receive
 
 IMPORTED = (
     *("flows.approval", "flows.batching", "flows.nightly", "flows.rollback", "flows.watch"),
-    *("prefect.engine", "prefect.flow_engine", "mlflow.tracking", "torch", "transformers"),
+    *("evaluation.gate", "evaluation.page", "evaluation.pictures", "evaluation.score", "merging"),
+    *("registry.adapters", "registry.ledger", "registry.mlflow_store", "registry.objects"),
+    *("prefect.engine", "prefect.flow_engine", "prefect.task_engine", "mlflow.tracking"),
+    *("torch", "transformers"),
 )
 PATIENCE = 5.0  # seconds an errand may take to say what it wants
 
