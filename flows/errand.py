@@ -32,11 +32,11 @@ class Errand:
 
     def adopt(self) -> None:
         """Become it."""
-        replace_variables(self.environment)
-        os.chdir(self.folder)
         for number, fd in enumerate(self.outputs):
             os.dup2(fd, number)
         self.close()
+        replace_variables(self.environment)
+        os.chdir(self.folder)
 
     def close(self) -> None:
         """Let go of the descriptors."""
@@ -65,7 +65,7 @@ def receive(connection: socket.socket) -> Errand:
         if len(outputs) != 3:
             raise ValueError("an errand has three descriptors")
         return Errand(told["environment"], told["folder"], tuple(outputs))
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, struct.error) as error:
         for fd in outputs:
             os.close(fd)
         raise ValueError("no errand") from error
@@ -97,13 +97,16 @@ def main() -> int:
     """The exit status of the flow run's process."""
     try:
         connection, child = _call(starter_name())
-    except OSError:  # nobody listens: be the process oneself, which leads a group as a worker's runs do
+    except OSError as error:  # nobody listens: be the process oneself, which leads a group as a worker's runs do
+        if starter_name():
+            sys.stderr.write(f"the starter does not answer ({error}); the run imports everything itself\n")
         with suppress(PermissionError):
             os.setsid()
         os.execv(sys.executable, [sys.executable, "-m", "prefect.engine"])
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda number, frame: _pass_on(child, number))
-    connection.sendall(GO)
+    with suppress(ConnectionError):  # it was ended already
+        connection.sendall(GO)
     try:
         (status,) = STATUS.unpack(read(connection, STATUS.size))
     except ConnectionError:  # the starter died, and after it the child
@@ -135,8 +138,12 @@ def _call(name: str) -> tuple[socket.socket, int]:
 
 
 def _pass_on(child: int, number: int) -> None:
+    """Send a signal to the child and to all that it has started."""
     with suppress(ProcessLookupError):
-        os.kill(child, number)
+        try:
+            os.killpg(child, number)
+        except ProcessLookupError:  # it leads no group yet
+            os.kill(child, number)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -56,20 +56,23 @@ class Starter:
 
     def _take(self) -> tuple[socket.socket, Errand] | None:
         """Fork for whoever calls; None in the parent."""
-        connection, _ = self.listener.accept()
-        connection.settimeout(PATIENCE)
-        try:
-            if not is_ours(connection):
-                raise OSError("another user's")
-            errand = receive(connection)
-        except (OSError, ValueError):  # it ended, or is none
-            connection.close()
-            return None
-        pid = os.fork()
-        if pid == 0:
-            self._let_go()
-            return connection, errand
-        errand.close()
+        with ExitStack() as kept:
+            try:
+                connection = kept.enter_context(self.listener.accept()[0])
+                connection.settimeout(PATIENCE)
+                if not is_ours(connection):
+                    return None
+                errand = receive(connection)
+                kept.callback(errand.close)
+                pid = _fork()
+            except (OSError, ValueError):  # it ended, is none, or there is no room: it helps itself
+                return None
+            if pid == 0:
+                kept.pop_all()
+                self._let_go()
+                return connection, errand
+            errand.close()
+            kept.pop_all()
         self.children[pid] = connection
         with suppress(OSError):  # the child sees too that nobody is there
             connection.sendall(STATUS.pack(pid))
@@ -77,8 +80,10 @@ class Starter:
 
     def _let_go(self) -> None:
         """In a child: what was the starter's."""
+        os.setsid()
         for each in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(each, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         signal.set_wakeup_fd(-1)
         for fd in self._pipe:
             os.close(fd)
@@ -102,6 +107,19 @@ class Starter:
                     connection.sendall(STATUS.pack(os.waitstatus_to_exitcode(status)))
 
 
+def _fork() -> int:
+    """As `os.fork`; in the child SIGTERM waits until it has handlers of its own."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        pid = os.fork()
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        raise
+    if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    return pid
+
+
 def main(listener: int) -> None:
     """Import, listen; in each child, be the process that its errand stands for."""
     with using_variables({"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}):  # a GPU that was looked for is lost to all children
@@ -123,18 +141,17 @@ def _become(connection: socket.socket, errand: Errand) -> None:
     if connection.recv(1) != GO:  # it did not wait
         os._exit(1)
     threading.Thread(target=_follow, args=(connection,), daemon=True).start()
-    os.setsid()
     errand.adopt()
-    sys.argv = ["prefect.engine"]
+    sys.argv, sys.path[0] = ["prefect.engine"], errand.folder
     del sys.modules["prefect.engine"]  # it is to be run as the main module, and runpy warns of what is there already
     refresh_global_settings_context()
 
 
 def _follow(connection: socket.socket) -> None:
-    """End with the errand, however that ends."""
+    """End with the errand, however that ends, and all that was started."""
     with suppress(OSError):
         connection.recv(1)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def repeat_dead(client: "SyncPrefectClient", pool: str) -> int:
     """Call the runs crashed that died with an earlier worker of the pool, run again what only looks; how many died.
 
     Nobody else tells: each run would keep its line's place for five minutes, and every look meanwhile be dropped.
-    Workers are named as `wiring.holder` does. While one of them may be at work, nothing is done.
+    Workers are named as `alive.holder` does. While one of them may be at work, nothing is done.
     """
     from prefect.client.schemas.objects import WorkerStatus
     from prefect.states import Crashed

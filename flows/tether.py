@@ -54,9 +54,10 @@ def _end(running: "subprocess.Popen[bytes]") -> None:
         _last(REST, lambda: any(map(lives, apart)))
         for pid in apart:
             _send(pid, signal.SIGKILL)
+    grace = GRACE if running.poll() is None else REST  # of a worker that died its flow runs are left
     asked = _send(running.pid, signal.SIGTERM)
     _send(running.pid, signal.SIGCONT)
-    if asked and _last(GRACE, lambda: running.poll() is None or _send(running.pid, 0)):
+    if asked and _last(grace, lambda: running.poll() is None or _send(running.pid, 0)):
         _send(running.pid, signal.SIGKILL)
     running.wait()
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from flows.alive import lives
 from flows.processes import python
 from tests.flows.patience import marked, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.skipif(sys.platform != "linux", reason="it forks on Linux alone")]
 FLOWS = """
-import json, os, sys, threading, time
+import json, os, subprocess, sys, time
 from pathlib import Path
 from prefect import flow
 
@@ -25,7 +26,7 @@ from prefect import flow
 def tell(file: str):
     print("said on the way")
     told = {"folder": os.getcwd(), "word": os.environ.get("WORD"), "pid": os.getpid(), "group": os.getpgid(0)}
-    told["main"] = sys.modules["__main__"].__spec__.name
+    told |= {"main": sys.modules["__main__"].__spec__.name, "first": sys.path[0]}
     Path(file).write_text(json.dumps(told))
 
 @flow
@@ -34,10 +35,12 @@ def fail(file: str):
 
 @flow
 def wait(file: str):
-    Path(file).write_text(json.dumps({"pid": os.getpid()}))
+    started = subprocess.Popen(["sleep", "120"])
+    Path(file).write_text(json.dumps({"pid": os.getpid(), "started": started.pid}))
     try:
         time.sleep(120)
     finally:
+        started.wait()
         Path(file + ".end").write_text("in order")
 """
 
@@ -91,9 +94,10 @@ class Room:
         return errand, run.id, file
 
     def begun(self, flow):
-        """The same, once it has begun, and the process that it is in."""
+        """The same, once it has begun, and the process that it is in, which has started another."""
         errand, run, file = self.send(flow)
-        return errand, run, file, wait_until(lambda: file.exists() and json.loads(file.read_text() or "0"), 60)["pid"]
+        told = wait_until(lambda: file.exists() and json.loads(file.read_text() or "0"), 60)
+        return errand, run, file, told["pid"], told["started"]
 
 
 @pytest.fixture(scope="module")
@@ -113,19 +117,13 @@ def state(run):
         return client.read_flow_run(run).state.type.value
 
 
-def lives(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_a_run_has_the_environment_folder_and_output_of_its_errand(room):
     errand, run, file = room.send("tell", WORD="this one")
     said, _ = errand.communicate(timeout=60)
     assert (errand.returncode, state(run)) == (0, "COMPLETED"), said
     told = json.loads(file.read_text())
-    assert (told["folder"], told["word"], told["main"]) == (str(room.folder / "work"), "this one", "prefect.engine")
+    assert (told["word"], told["main"]) == ("this one", "prefect.engine")
+    assert told["folder"] == told["first"] == str(room.folder / "work")
     assert told["pid"] == told["group"] != errand.pid
     assert b"said on the way" in said
     assert b"said on the way" not in room.log.read_bytes()
@@ -167,46 +165,55 @@ def test_a_run_that_fails_is_failed_and_its_errand_ends_as_the_engine_would(room
 
 
 def test_a_signal_to_the_errand_is_one_to_the_run(room):
-    errand, _, file, _ = room.begun("wait")
+    errand, _, file, _, started = room.begun("wait")
     errand.terminate()
     errand.communicate(timeout=30)
     assert Path(f"{file}.end").read_text() == "in order"
     assert errand.returncode != 0
+    assert not lives(started)
 
 
 def test_a_run_does_not_outlive_its_errand(room):
-    errand, _, file, pid = room.begun("wait")
+    errand, _, file, pid, started = room.begun("wait")
     errand.kill()
     errand.communicate()
-    wait_until(lambda: not lives(pid), 10)
+    wait_until(lambda: not lives(pid) and not lives(started), 10)
     assert not Path(f"{file}.end").exists()
 
 
 def test_an_errand_ends_as_its_run_was_ended(room):
-    errand, _, _, pid = room.begun("wait")
+    errand, _, _, pid, started = room.begun("wait")
     os.kill(pid, signal.SIGKILL)
-    errand.communicate(timeout=10)
-    assert errand.returncode == -signal.SIGKILL
+    assert errand.wait(timeout=10) == -signal.SIGKILL
+    os.kill(started, signal.SIGKILL)  # nobody else does
+    errand.communicate()
 
 
-@pytest.mark.parametrize("said", [b"", b"\xff\xff\xff\xff", b"\x02\x00\x00\x00{}", b"GET / HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize(
+    "said", [b"", b"\xff\xff\xff\xff", b"\x02\x00\x00\x00{}", b"\x02\x00\x00\x00[]", b"GET / HTTP/1.1\r\n"]
+)
 def test_what_is_no_errand_disturbs_nobody(room, said):
     with socket.socket(socket.AF_UNIX) as caller:
         caller.connect(f"\0{room.name}")
-        caller.sendall(said)
+        socket.send_fds(caller, [said], [0, 1, 2])
     errand, run, _ = room.send("tell")
     errand.communicate(timeout=60)
     assert state(run) == "COMPLETED"
 
 
-def test_who_calls_and_goes_away_begins_nothing(room):
-    from flows.errand import send
+def test_who_calls_and_goes_away_begins_nothing(room, monkeypatch):
+    from flows.errand import STATUS, read, send
 
+    errand, run, file = room.send("wait", FOLDIN_STARTER="", PREFECT__FLOW_RUN_ID="")
+    errand.communicate()
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(run))
     with socket.socket(socket.AF_UNIX) as caller:
         caller.connect(f"\0{room.name}")
         send(caller)
-    wait_until(lambda: len(Path(f"/proc/{room.starter.pid}/task/{room.starter.pid}/children").read_text().split()) == 0)
-    assert room.starter.poll() is None
+        (pid,) = STATUS.unpack(read(caller, STATUS.size))
+    wait_until(lambda: not lives(pid), 10)
+    assert not file.exists()
+    assert state(run) == "SCHEDULED"
 
 
 def test_without_a_starter_the_errand_is_the_run(room):
@@ -218,7 +225,7 @@ def test_without_a_starter_the_errand_is_the_run(room):
 
 def test_the_starter_ends_after_its_last_run_and_one_that_was_killed_leaves_its_run_alone(tmp_path, prefect):
     room = Room(tmp_path, prefect).start()
-    errand, _, file, pid = room.begun("wait")
+    errand, _, file, pid, _ = room.begun("wait")
     room.starter.stdin.close()
     late, run, _ = room.send("tell")
     late.communicate(timeout=60)

@@ -72,6 +72,8 @@ def test_down_during_a_fold_leaves_no_process_and_no_lease(toml, zoo):
     ledger = house(str(toml)).ledger
     register_expert(load(toml).registry.tracking_uri, "tiny-experts", zoo / "expert-2", "words")
     wait_until(lambda: is_folding(house(str(toml))), 120)
+    told = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids(toml, "worker")]
+    assert sum(b"flows.forking" in each for each in told) == 2, "what is forked from, and the run"
     ended = foldin(toml, "down")
     assert (ended.returncode, ended.stderr) == (0, "All services ended.\n")
     assert left(toml) == []

@@ -1,6 +1,9 @@
 """Services that are killed while they fold: every expert is folded, once, and within minutes."""
 
+import os
+import signal
 import time
+from zlib import crc32
 
 import pytest
 from mlflow import MlflowClient
@@ -10,7 +13,7 @@ from flows.config import load
 from flows.wiring import house
 from registry.records import FoldinError
 from tests.flows.patience import wait_until
-from tests.flows.standing import foldin, is_folding, kill, served, standing, variables
+from tests.flows.standing import foldin, is_folding, kill, pids, served, standing, variables
 
 pytestmark = [
     pytest.mark.chaos,
@@ -31,14 +34,17 @@ def toml(tmp_path_factory, furnish):
         yield path
 
 
-@pytest.mark.parametrize("name", ["worker", "prefect", "mlflow", "postgresql"])
+@pytest.mark.parametrize("name", ["worker", "worker alone", "prefect", "mlflow", "postgresql"])
 def test_a_service_that_is_killed_during_a_fold_costs_no_expert(toml, expert_maker, name):
     uri, at = load(toml).registry.tracking_uri, house(str(toml))
     for turn in range(5):
-        number = register_expert(uri, "tiny-experts", expert_maker(abs(hash((name, turn))) % 10**6), "words")
+        number = register_expert(uri, "tiny-experts", expert_maker(crc32(f"{name} {turn}".encode())), "words")
         wait_until(lambda: is_folding(at), 120)
         time.sleep(turn)  # between its first and its last second
-        kill(toml, name)
+        if name == "worker alone":  # its runs are still there
+            os.kill(pids(toml, "worker")[0], signal.SIGKILL)
+        else:
+            kill(toml, name)
         killed = time.monotonic()
         wait_until(lambda number=number: became(at, number) == "folded", 300)
         print(f"{name} killed: folded after {time.monotonic() - killed:.0f} s")

@@ -79,7 +79,8 @@ def test_the_environment_is_set_and_what_the_user_set_stays(tmp_path, environmen
 
 def test_what_up_offers_is_believed_while_it_lives(tmp_path, environment, monkeypatch):
     config = configured(tmp_path)
-    code = "import sys; from pathlib import Path; from flows.config import load; from flows.environment import offer_variables\n"
+    code = "import sys; from pathlib import Path; from flows.config import load\n"
+    code += "from flows.environment import offer_variables\n"
     code += "offer_variables(load(Path(sys.argv[1])), {'MLFLOW_TRACKING_URI': 'http://127.0.0.1:9'}); input()"
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "foldin.toml")], stdin=subprocess.PIPE)
     wait_until(variables_file(config).exists)
