@@ -302,7 +302,7 @@ def die(desk, point, *arguments):
     ("verb", "point"),
     [
         ("approve", ("registry.ledger", "Ledger.decide", "after")),
-        ("reject", ("registry.ledger", "Ledger.decide", "after")),
+        pytest.param("reject", ("registry.ledger", "Ledger.decide", "after"), marks=pytest.mark.chaos),
         pytest.param("approve", (STORE, "MlflowStore.point_candidate", "before"), marks=pytest.mark.chaos),
         pytest.param("approve", ("registry.ledger", "Ledger.decide", "before"), marks=pytest.mark.chaos),
         pytest.param("approve", (STORE, "MlflowStore.point_champion", "after"), marks=pytest.mark.chaos),
@@ -339,6 +339,7 @@ def test_killed_at_any_step_of_a_decision_the_next_watch_finishes_it(desk, zoo, 
     ],
     ids=str,
 )
+@pytest.mark.chaos
 def test_killed_while_a_version_begins_to_wait_it_waits_once(desk, zoo, point):
     desk.register(zoo / "expert-1", "task-1")
     die(desk, point, "watch", "tiny")

@@ -278,6 +278,7 @@ def test_a_tolerance_out_of_range_is_refused(at, tolerance):
         archive(at, "tiny", [], tolerance, "ann")
 
 
+@pytest.mark.chaos
 def test_an_expert_that_is_gone_is_replayed_from_its_archive(at, toml, verbs):
     exact = replayed(toml, without=["v1"])
     before = {number: open_version(at, "tiny", number).memory for number in (4, exact["version"])}
@@ -322,6 +323,7 @@ def test_an_expert_that_is_gone_is_replayed_from_its_archive(at, toml, verbs):
     assert {row["state"] for row in json.loads(out)} == {"already archived"}
 
 
+@pytest.mark.chaos
 def test_without_an_archive_what_is_gone_is_said(at, toml, zoo):
     from flows.watch import watch
 

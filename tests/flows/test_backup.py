@@ -155,6 +155,7 @@ def test_saved_while_an_expert_is_folded_the_next_watch_goes_on_from_there(site,
     assert site.run("doctor") == (0, "Everything is as it should be.\n")
 
 
+@pytest.mark.chaos
 def test_a_fold_that_ends_between_the_two_copies_is_found_again(site):
     site.back("idle")
     go_on = site.fold_until(POINTS["registered, and not in the ledger"])

@@ -31,6 +31,7 @@ def _small_parts(monkeypatch):
     monkeypatch.setattr(parts, "PART_BYTES", 16 * 1024)
 
 
+@pytest.mark.chaos
 def test_a_cluster_gives_the_bytes_of_this_process(zoo, bare_line, scheduler, tmp_path):
     trees, progress = [], []
     for workers in ("1", scheduler):

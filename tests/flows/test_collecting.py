@@ -65,6 +65,7 @@ def test_old_versions_lose_their_files_and_nothing_that_is_needed_does(toml, ver
     assert "v2  + task-1  (tiny-experts v1), retired" in verb("log", "tiny")[1]
 
 
+@pytest.mark.chaos
 def test_copies_stay_while_a_version_does_not_say_which_it_holds(toml, forge):
     at = house(str(toml))
     unheld = at.experts / "ab" / ("ab" * 32)

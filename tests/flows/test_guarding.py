@@ -124,6 +124,7 @@ def test_a_guard_that_is_not_there_is_said_before_any_work(tiny, zoo):
         line.register(zoo / "expert-1", "task-1")
 
 
+@pytest.mark.chaos
 def test_a_weight_multiplies_what_is_folded_and_is_remembered(tiny, zoo):
     line = tiny()
     assert line.register(zoo / "expert-1", "task-1")["state"] == "folded"
@@ -141,6 +142,7 @@ def test_a_weight_that_is_no_plain_number_is_refused(tiny, zoo, weight):
     assert outcome["reason"].startswith("E_WEIGHT")
 
 
+@pytest.mark.chaos
 def test_another_method_is_a_fallback_for_one_version(tiny, zoo):
     search = 'search = { strengths = [], weights = [], energies = [], methods = ["average"] }'
     line = tiny(f"parameters = {{ strength = 6.0 }}\n{search}", min_gain=0.0)  # six times is too strong for these

@@ -89,6 +89,7 @@ def check_thinning(workshop, verb):
     assert (brought / "model.safetensors").exists()
 
 
+@pytest.mark.chaos
 def test_the_whole_loop_through_the_command_line(server, server_folder, workshop, zoo, verbs, write_key):
     toml = workshop / "foldin.toml"
     text = toml.read_text().replace("[registry]\n", f'[registry]\ntracking_uri = "{server}"\n')

@@ -58,7 +58,7 @@ def undisturbed(tmp_path_factory, stock, forge):
 
 def fill(folder, stock):
     set_lease(folder, 600.0)
-    (folder / ".foldin").mkdir()
+    (folder / ".foldin").mkdir(exist_ok=True)
     shutil.copyfile(stock, folder / ".foldin" / "mlflow.db")
     return folder
 

@@ -123,6 +123,7 @@ def test_a_fold_is_a_run_with_base_parent_and_expert_and_the_version_it_made(lin
     assert {each["namespace"] for each in events[3]["inputs"]} == {f"sqlite:///{workshop}/.foldin/mlflow.db"}
 
 
+@pytest.mark.chaos
 def test_an_expert_that_is_refused_is_a_run_that_completed_without_an_output(line, heard, zoo, workshop, tmp_path):
     toml = workshop / "foldin.toml"
     toml.write_text(toml.read_text().replace("min_gain = -1.0", "min_gain = 1.0"))
@@ -253,6 +254,7 @@ def timed(call, *arguments):
     return time.monotonic() - start
 
 
+@pytest.mark.chaos
 def test_a_file_that_cannot_be_written_and_a_missing_package_are_spoken_of_and_no_more(line, zoo, caplog, monkeypatch):
     tiny = line("no/such/folder/events.jsonl")
     assert tiny.fold(zoo / "expert-1", "task-1")["state"] == "folded"

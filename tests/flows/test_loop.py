@@ -414,6 +414,7 @@ def test_a_version_registered_under_another_numerics_profile_is_committed_as_it_
     assert open_version(at, "tiny", 2).memory.profile["threads"] != "999"
 
 
+@pytest.mark.chaos
 def test_a_rollback_and_a_fold_that_were_both_cut_off_end_where_the_rollback_wanted(at, zoo, monkeypatch):
     from flows import champion as alias
     from flows import merge

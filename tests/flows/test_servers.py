@@ -66,6 +66,7 @@ def stored_here(at, zoo):
     return [path for path in found if sha256_file(path) != base]
 
 
+@pytest.mark.chaos
 def test_from_registering_to_replay_without_a_copy_of_any_weights_here(toml, zoo, verbs):
     path, line = toml
     assert [each["state"] for each in folded(path, line, zoo, 1, 2)] == ["folded", "folded"]

@@ -145,6 +145,7 @@ def test_every_version_carries_a_signature_that_the_library_accepts(folded, tmp_
     assert [(folded.stored(number) / SIGNATURE).read_bytes() for number in (1, 2, 3)] == first
 
 
+@pytest.mark.chaos
 def test_a_version_whose_every_record_was_changed_is_found_by_its_signature(folded):
     """Who can write to the artifacts and to both databases, but has no key."""
     folder = folded.stored(2)
@@ -265,6 +266,7 @@ def test_keys_that_are_not_there_cost_no_expert(signed, zoo):
     assert signed.watch()[0][:2] == ("folded", 2)
 
 
+@pytest.mark.chaos
 def test_a_base_that_came_with_a_signature_does_not_hand_it_on(signed, zoo):
     base = signed.sign(shutil.copytree(zoo / "base", signed.folder / "base"))
     signed.plain = signed.plain.replace(str(zoo / "base"), str(base))
@@ -277,6 +279,7 @@ def test_a_base_that_came_with_a_signature_does_not_hand_it_on(signed, zoo):
     assert signed.findings() == []
 
 
+@pytest.mark.chaos
 def test_an_archived_expert_is_held_to_the_signatures_that_the_line_asks_for_now(signed, zoo, tmp_path):
     from flows.archiving import archive
     from flows.replay import replay

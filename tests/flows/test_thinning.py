@@ -123,6 +123,7 @@ def test_a_rollback_has_the_weights_back_to_the_byte_and_folding_goes_on(at, tom
     assert examine(at) == []
 
 
+@pytest.mark.chaos
 def test_a_replay_that_begins_at_a_thin_version_gives_the_bytes_of_an_untouched_line(at, toml, kept):
     from flows.replay import replay
 

@@ -96,6 +96,7 @@ def lose_ledger(at, verb):
     return house(str(at.config.folder / "foldin.toml")), code
 
 
+@pytest.mark.chaos
 def test_thinning_that_is_killed_is_ended_by_the_next_run(at, life, kill, forge):
     whole = weights_of(at, 2)
     kill(GC, ("flows.thinning", "read_again", "after", 1))

@@ -1,6 +1,9 @@
 """`foldin up`: one command, and an expert that a plain client registers over HTTP is folded by a worker."""
 
+import os
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,9 +75,14 @@ def test_down_during_a_fold_leaves_no_process_and_no_lease(toml, zoo):
     ledger = house(str(toml)).ledger
     register_expert(load(toml).registry.tracking_uri, "tiny-experts", zoo / "expert-2", "words")
     wait_until(lambda: is_folding(house(str(toml))), 120)
-    told = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids(toml, "worker")]
-    assert sum(b"flows.forking" in each for each in told) == 2, "what is forked from, and the run"
-    ended = foldin(toml, "down")
+    forked = [each for each in pids(toml, "worker") if b"flows.forking" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    assert len(forked) == 2, "what is forked from, and the run"
+    os.kill(forked[1], signal.SIGSTOP)  # so that the fold lasts until it is asked to end
+    with ThreadPoolExecutor() as pool:
+        ending = pool.submit(foldin, toml, "down")
+        wait_until(lambda: is_asked_to_end(forked[1]), 60)
+        os.kill(forked[1], signal.SIGCONT)
+        ended = ending.result()
     assert (ended.returncode, ended.stderr) == (0, "All services ended.\n")
     assert left(toml) == []
     with started(postgresql(toml.parent / ".foldin/stack/postgresql"), toml.parent) as database:
@@ -84,3 +92,9 @@ def test_down_during_a_fold_leaves_no_process_and_no_lease(toml, zoo):
         assert (last.state, last.attempts) == ("pending", 0), "who is interrupted did not fail"
         ledger.close()
     assert foldin(toml, "down").stderr == "Nothing runs.\n"
+
+
+def is_asked_to_end(pid):
+    """Whether a SIGTERM waits for a process that stands still."""
+    (waits,) = (row for row in Path(f"/proc/{pid}/status").read_text().splitlines() if row.startswith("ShdPnd"))
+    return bool(int(waits.split()[1], 16) >> (signal.SIGTERM - 1) & 1)

@@ -115,6 +115,7 @@ def test_a_registration_and_a_moved_alias_make_a_run_each(toml, deployed, zoo, r
         assert {run["parameters"]["line"] for run in runs} == {"tiny"}
 
 
+@pytest.mark.chaos
 def test_a_run_that_gave_way_to_one_at_work_is_made_again(toml, deployed, zoo, run):
     from prefect.client.orchestration import get_client
     from prefect.states import Completed, Pending
