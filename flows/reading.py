@@ -119,7 +119,7 @@ def page_of(house: House, name: str, text: str) -> Path:
     expert = find_expert(text, house.ledger.experts(name), f"line {name}")
     judged = [merge for merge in house.ledger.merges(name) if expert.id in merge.experts and merge.run_id]
     if not judged:
-        what, found = "the expert was never judged", ": ".join(filter(None, (expert.state, expert.reason)))
+        what, found = "the expert was never judged", ": ".join(filter(None, (expert.state, expert.reason.rstrip("."))))
         remedy = f"`foldin log {name}` shows why"
         raise FoldinError(Refusal("E_EXPERT", what, f"expert {expert.name}", found=found, remedy=remedy))
     return house.mlflow.runs.artifact(judged[-1].run_id, Path(PAGE_FILE).name, house.config.home / "downloads")

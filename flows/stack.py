@@ -127,7 +127,8 @@ def mlflow(
 ) -> Service:
     """MLflow with one process that answers."""
     keeps = ("--default-artifact-root", root) if root else ()
-    where = ("--workers", "1", "--host", HOST, "--port", str(port), *keeps)
+    quiet = ("--uvicorn-opts", "--no-access-log")  # it is asked how it is every two seconds
+    where = ("--workers", "1", "--host", HOST, "--port", str(port), *quiet, *keeps)
     page = Page("MLflow", port, option, "/health")
     begin = ("server", "--backend-store-uri")
     return Service(page, lambda: python("mlflow", *begin, database(), *where), {**LEAN, **environment})

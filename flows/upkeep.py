@@ -159,7 +159,8 @@ def _services(config_file: Path, config: Config, folder: Path) -> tuple[Service,
 def _worker(title: str, config_file: Path, pool: str) -> Service:
     """What runs the flow runs of a work pool."""
     command = python("flows.pooling", str(config_file), pool)
-    return Service(Page(title, 0, "", ""), lambda: command, {"PREFECT_WORKER_QUERY_SECONDS": "1"})
+    told = {"PREFECT_WORKER_QUERY_SECONDS": "1", "FOLDIN_LOG": "json"}  # its log says what its runs do
+    return Service(Page(title, 0, "", ""), lambda: command, told)
 
 
 def _variables(config: Config, folder: Path) -> dict[str, str]:

@@ -187,6 +187,7 @@ def test_a_damaged_candidate_can_be_rejected_and_not_approved(desk, zoo):
     assert desk.states == ["rejected"]
 
 
+@pytest.mark.chaos
 def test_on_reject_asks_only_about_what_a_soft_rule_rejected(desk, zoo):
     desk.rule('approval = "always"', 'approval = "on-reject"')
     desk.register(zoo / "expert-1", "task-1")
@@ -209,6 +210,7 @@ def test_on_reject_asks_only_about_what_a_soft_rule_rejected(desk, zoo):
     assert desk.watch() == [("v4", "folded", 4)]
 
 
+@pytest.mark.chaos
 def test_a_rollback_goes_on_while_a_version_waits_and_supersedes_it(desk, zoo):
     desk.register(zoo / "expert-1", "task-1")
     desk.watch()

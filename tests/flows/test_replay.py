@@ -88,6 +88,7 @@ def test_a_replay_is_the_line_that_never_saw_the_expert(at, toml, zoo, wanted, t
     assert list(check_line(at, "tiny")) == []
 
 
+@pytest.mark.chaos
 def test_a_replay_that_is_promoted_takes_the_expert_out_and_the_next_one_is_folded_into_it(at, toml, zoo, verbs):
     verb = verbs(toml)
     code, out, _ = verb("replay", "tiny", "--without", "task-2", "--because", "poisoned", "--promote", "--json")

@@ -165,6 +165,7 @@ def test_a_version_whose_every_record_was_changed_is_found_by_its_signature(fold
     assert folded.champion == 3
 
 
+@pytest.mark.chaos
 def test_a_signature_that_is_lost_or_another_version_s_keeps_a_version_from_being_champion(folded):
     shutil.copyfile(folded.stored(3) / SIGNATURE, folded.stored(2) / SIGNATURE)
     (folded.stored(1) / SIGNATURE).unlink()

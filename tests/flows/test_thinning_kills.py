@@ -114,6 +114,7 @@ def test_thinning_that_is_killed_is_ended_by_the_next_run(at, life, kill, forge)
     assert examine(at) == []
 
 
+@pytest.mark.chaos
 def test_a_rollback_that_is_killed_while_it_has_weights_back_is_ended_by_the_next(at, before, life, kill, forge):
     assert life(GC)[1] == 0, forge.said()
     kill(

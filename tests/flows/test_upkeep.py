@@ -1,5 +1,6 @@
 """`foldin up`: one command, and an expert that a plain client registers over HTTP is folded by a worker."""
 
+import json
 import os
 import signal
 import sys
@@ -46,6 +47,14 @@ def test_an_expert_is_folded_through_the_webhook_and_a_moved_alias_adopted(toml,
     move_alias(uri, "tiny", 1)
     wait_until(lambda: "adopt" in foldin(toml, "log", "tiny").stdout, 120)
     assert foldin(toml, "doctor").returncode == 0
+
+
+def test_the_workers_log_says_what_its_runs_do(toml):
+    rows = (toml.parent / ".foldin/stack/logs/worker-server.log").read_text().splitlines()
+    told = [json.loads(each) for each in rows if each.startswith("{")]
+    (fold,) = (each for each in told if "is champion" in each["message"])
+    assert (fold["line"], fold["version"], fold["expert"]) == ("tiny", 2, "tiny-experts v1")
+    assert all(each["line"] == "tiny" for each in told)
 
 
 def test_what_runs_is_told_and_started_twice_is_an_error(toml):
