@@ -40,7 +40,8 @@ def test_a_service_that_is_killed_during_a_fold_costs_no_expert(toml, expert_mak
     for turn in range(5):
         number = register_expert(uri, "tiny-experts", expert_maker(crc32(f"{name} {turn}".encode())), "words")
         wait_until(lambda: is_folding(at), 120)
-        time.sleep(turn)  # between its first and its last second
+        time.sleep(turn / 2)  # from its beginning to somewhere behind its middle
+        assert is_folding(at)
         if name == "worker alone":  # its runs are still there
             os.kill(pids(toml, "worker")[0], signal.SIGKILL)
         else:
