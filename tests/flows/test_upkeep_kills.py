@@ -54,8 +54,8 @@ def test_a_service_that_is_killed_during_a_fold_costs_no_expert(toml, expert_mak
     versions = MlflowClient(uri, uri).search_model_versions("name = 'tiny'")
     assert len(versions) == 1 + len(experts), "every expert was folded once"
     wait_until(lambda: served(uri) == 1 + len(experts), 120)
-    doctor = foldin(toml, "doctor")
-    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    # Who was killed between its last step and its end has left the line's lease: the next look takes it.
+    wait_until(lambda: foldin(toml, "doctor").returncode == 0, 180)
 
 
 def became(at, number):
