@@ -15,6 +15,7 @@ from flows.line_checks import (
     check_runner,
     check_search,
     check_seconds,
+    check_timezone,
 )
 from flows.options import (
     LineConfig,
@@ -167,6 +168,7 @@ def _line(path: Path, name: str, value: object) -> LineConfig:
         check_seconds(path, f"{where} {key}", getattr(line, key), least)
     check_batch(path, f"{where} batch", line.batch)
     check_blackout(path, f"{where} blackout", line.blackout)
+    check_timezone(path, f"{where} timezone", line.timezone)
     check_experts(path, f"{where} experts", name, line.experts)
     check_runner(path, f"[lines.{name}.runner]", line.runner)
     check_search(path, f"[lines.{name}.search]", line.search)

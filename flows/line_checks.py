@@ -1,7 +1,9 @@
 """What the keys of a line, and of its own tables, may say."""
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from flows.access import MLFLOW, PREFECT
 from flows.blackout import FORM, window_of
@@ -26,6 +28,16 @@ def check_blackout(path: Path, where: str, windows: tuple[str, ...]) -> None:
             window_of(text)
         except ValueError as error:
             raise refused(path, f"{where} is no time of the week", FORM, repr(text)) from error
+
+
+def check_timezone(path: Path, where: str, timezone: str) -> None:
+    """Nothing, when it is a time zone; raises as `refused`."""
+    try:
+        ZoneInfo(timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:  # OSError: the name of a folder, such as America
+        near = get_close_matches(timezone, available_timezones(), n=1)
+        remedy = f"did you mean {near[0]!r}" if near else ""
+        raise refused(path, f"{where} is unknown", "a name such as Europe/Paris", repr(timezone), remedy) from error
 
 
 def check_runner(path: Path, where: str, runner: RunnerConfig) -> None:

@@ -2,10 +2,8 @@
 
 import re
 from dataclasses import replace
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from flows.options import LineConfig
 from flows.signing import check_signing
@@ -18,7 +16,7 @@ def check_settings(settings: LineConfig, line: str) -> None:
     """Nothing, when a line's settings can be used. Asked before any work: a typing error must not cost an expert.
 
     Raises:
-        FoldinError: E_CONFIG for a method, parameter, gate rule, schedule, timezone or device that cannot be used,
+        FoldinError: E_CONFIG for a method, parameter, gate rule, schedule or device that cannot be used,
             E_SUITE for a suite of the line's own that cannot be read; with the table, what was expected and found.
     """
     from evaluation.rules import rules_from
@@ -46,7 +44,7 @@ def check_settings(settings: LineConfig, line: str) -> None:
     except FoldinError as error:
         raise FoldinError(replace(error.refusal, remedy=error.refusal.remedy or CORRECT)) from error
     check_signing(settings, line)
-    _check_schedule(settings, where)
+    check_schedule(settings, line)
     if not settings.runner.pool:  # else it is another machine's
         _check_device(settings.device, where)
     _check_workers(settings.workers, where)
@@ -70,22 +68,14 @@ def _check_workers(workers: str, where: str) -> None:
         raise _unusable(where, "workers names a Dask scheduler, and prefect-dask is not installed", "", workers, remedy)
 
 
-def _check_schedule(settings: LineConfig, where: str) -> None:
-    """The timezone and the cron, by the words of the one who will read them: Prefect."""
+def check_schedule(settings: LineConfig, line: str) -> None:
+    """Nothing, when the cron is one by the words of who will read it, Prefect; raises as `check_settings`."""
     from prefect.client.schemas.schedules import CronSchedule
 
     try:
-        ZoneInfo(settings.timezone)
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:  # OSError: the name of a folder, such as America
-        near = get_close_matches(settings.timezone, available_timezones(), n=1)
-        remedy = f"did you mean {near[0]!r}" if near else ""
-        raise _unusable(
-            where, "the timezone is unknown", "a name such as Europe/Paris", settings.timezone, remedy
-        ) from error
-    try:
         CronSchedule(cron=settings.schedule, timezone=settings.timezone)
     except ValueError as error:
-        expected = "minute, hour, day, month, weekday, such as '0 2 * * *'"
+        where, expected = f"[lines.{line}] of foldin.toml", "minute, hour, day, month, weekday, such as '0 2 * * *'"
         raise _unusable(where, "the schedule is not a cron", expected, settings.schedule) from error
 
 

@@ -21,6 +21,7 @@ from flows.hints import subscribe
 from flows.options import RegistryConfig
 from flows.pooling import CONTROL, FOLDS
 from flows.processes import HOST, Kept, Page, Service, python
+from flows.settings import check_schedule
 from flows.stack import (
     MOTO,
     calls_here,
@@ -54,6 +55,8 @@ def up(config_file: Path, config: Config) -> None:
     stop, ready = threading.Event(), threading.Event()
     with _alone(config, folder), using_variables(_variables(config, folder)) as variables, _stopped_by_signals(stop):
         _check_registry(config_file, config)
+        for line, settings in config.lines.items():
+            check_schedule(settings, line)  # else the worker would end whenever it is started
         services = _services(config_file, config, folder)
         supervisor = Supervisor(services, folder / "logs", lambda kept: _note(folder, kept, ready=ready.is_set()))
         try:
@@ -159,8 +162,8 @@ def _services(config_file: Path, config: Config, folder: Path) -> tuple[Service,
 def _worker(title: str, config_file: Path, pool: str) -> Service:
     """What runs the flow runs of a work pool."""
     command = python("flows.pooling", str(config_file), pool)
-    told = {"PREFECT_WORKER_QUERY_SECONDS": "1", "FOLDIN_LOG": "json"}  # its log says what its runs do
-    return Service(Page(title, 0, "", ""), lambda: command, told)
+    told = {"FOLDIN_LOG": "json", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR"}  # what its runs do, and why not
+    return Service(Page(title, 0, "", ""), lambda: command, {"PREFECT_WORKER_QUERY_SECONDS": "1", **told})
 
 
 def _variables(config: Config, folder: Path) -> dict[str, str]:

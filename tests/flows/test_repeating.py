@@ -7,7 +7,7 @@ import sys
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.states import Pending, Running
+from prefect.states import Crashed, Pending, Running
 
 from flows.alive import holder
 from flows.config import load
@@ -66,6 +66,19 @@ def test_a_look_that_died_with_its_worker_is_repeated_and_its_place_is_free(clie
     assert (again.parameters, again.tags) == (look.parameters, look.tags)
     assert client.set_flow_run_state(again.id, Pending()).state.is_pending(), "the line's place is free"
     assert repeated(client, back) is None, "who wanted that may not want it twice"
+
+
+def test_a_look_that_crashed_because_its_worker_had_died_is_repeated_once(client, pool, dead):
+    client.send_worker_heartbeat(pool, dead[1])
+    look, back = begun(client, "watch", dead[0]), begun(client, "rollback", dead[0])
+    for run in (look, back):
+        client.set_flow_run_state(run.id, Crashed())
+    assert repeat_dead(client, pool) == 0
+    again = repeated(client, look)
+    assert again.state.is_scheduled()
+    repeat_dead(client, pool)
+    assert repeated(client, look).id == again.id
+    assert repeated(client, back) is None
 
 
 def test_what_lives_on_without_its_worker_is_left_alone(client, pool, dead):

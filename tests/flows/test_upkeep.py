@@ -72,6 +72,15 @@ def test_what_runs_is_told_and_started_twice_is_an_error(toml):
     assert f"KEPT_IN={toml.parent / '.foldin/stack/s3'}" in told
 
 
+def test_a_schedule_that_is_none_is_refused_before_anything_starts(furnish, tmp_path):
+    toml = furnish(tmp_path) / "foldin.toml"
+    toml.write_text(toml.read_text().replace("interval = 3600.0", 'schedule = "0 2 * *"'))
+    found = foldin(toml, "up", "--detach")
+    assert found.returncode == 1
+    assert "E_CONFIG [lines.tiny] of foldin.toml: the schedule is not a cron" in found.stderr
+    assert left(toml) == []
+
+
 def test_only_the_owner_may_read_the_secrets(toml):
     for name in ("webhook.secret", "mlflow.key"):
         assert (toml.parent / ".foldin/stack" / name).stat().st_mode & 0o077 == 0
