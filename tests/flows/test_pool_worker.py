@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import uuid
 from contextvars import copy_context
@@ -14,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments.plain_client import register_expert
+from flows.pooling import CONTROL
+from flows.processes import python
 from flows.serve import offer_folds
 from flows.starting import start
 from flows.watch import watch
@@ -44,13 +45,13 @@ def guard(workshop, monkeypatch):
 
 
 @pytest.fixture
-def worker(workshop, prefect, monkeypatch):
-    """A worker of the pool, and the mark that it and its children carry."""
+def worker(request, workshop, prefect, monkeypatch):
+    """A worker of the pool, or of another one, and the mark that it and its children carry."""
     mark = f"FOLDIN_TEST={uuid.uuid4()}"
     monkeypatch.setenv("PREFECT_WORKER_QUERY_SECONDS", "1")
     monkeypatch.setenv(*mark.split("="))
     with open(workshop / "worker.log", "wb") as log:
-        command = [sys.executable, "-m", "flows.pooling", str(workshop / "foldin.toml"), POOL]
+        command = python("flows.pooling", str(workshop / "foldin.toml"), getattr(request, "param", POOL))
         process = subprocess.Popen(command, cwd=workshop, stdout=log, stderr=log)
     monkeypatch.delenv("FOLDIN_TEST")
     yield process, mark
@@ -123,4 +124,35 @@ def test_a_worker_folds_and_a_cancelled_run_gives_the_line_back(workshop, zoo, g
         (POOL, "COMPLETED"),
     ]
     assert not list(at.config.home.glob("work/tiny/*"))
+    at.ledger.close()
+
+
+@pytest.mark.parametrize("worker", [CONTROL], indirect=True)
+def test_a_forked_run_that_is_cancelled_gives_the_line_back(workshop, zoo, guard, worker):
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+    from prefect.states import Cancelling
+
+    toml, (_, mark) = workshop / "foldin.toml", worker
+    toml.write_text(toml.read_text().replace("interval = 3600.0", f"interval = 3600.0\n{guard}"))
+    at = opened(toml)
+    start(at, "tiny", at.config.line("tiny"))
+    register_expert(tracking_uri(at.config), "tiny-experts", zoo / "expert-1", "task-1", artifact_root(at.config))
+
+    def deployed():
+        try:
+            return client.read_deployment_by_name("watch/tiny")
+        except ObjectNotFound:
+            return None
+
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(wait_until(deployed, 60).id)
+        wait_until(lambda: at.ledger.leases.alive("tiny") and list(at.config.home.glob("work/tiny/*/fold.json")), 120)
+        assert len(marked(mark)) == 4, "the worker, what is forked from, the errand and the run"
+        client.set_flow_run_state(run.id, Cancelling())
+        wait_until(lambda: client.read_flow_run(run.id).state.is_cancelled(), 60)
+    wait_until(lambda: not at.ledger.leases.alive("tiny"), 30)
+    wait_until(lambda: len(marked(mark)) == 2, 30)
+    (expert,) = at.ledger.experts("tiny")
+    assert (str(expert.state), expert.attempts) == ("pending", 0)
     at.ledger.close()
